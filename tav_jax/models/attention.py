@@ -1,0 +1,183 @@
+"""Attention between frames, within a frame, over time and to text.
+
+Parameter names follow diffusers' CrossAttention and Tune-A-Video's BasicTransformerBlock.
+"""
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array
+from jaxtyping import Bool, Float
+
+from tav_jax.models.layers import LayerNorm, Linear
+
+AttentionScope = Literal["sparse_causal", "spatial", "first_frame", "full"]
+Heads: TypeAlias = Float[Array, "b f n heads k"]
+
+
+def attention_weights(
+    scores: Float[Array, "*axes q m"], width: int, dtype: jnp.dtype
+) -> Float[Array, "*axes q m"]:
+    """Returns softmax(scores / sqrt(width)) over the keys, taken in float32, given in `dtype`."""
+    return jax.nn.softmax(scores.astype(jnp.float32) * width**-0.5, axis=-1).astype(dtype)
+
+
+def attention(
+    query: Float[Array, "*axes q heads k"],
+    key: Float[Array, "*axes m heads k"],
+    value: Float[Array, "*axes m heads k"],
+    mask: Bool[Array, "q m"] | None = None,
+) -> Float[Array, "*axes q heads k"]:
+    """Returns softmax(Q K^T / sqrt(k)) V for each head; `mask` is true where a query may look.
+
+    Vaswani et al. 2017 (arXiv:1706.03762), eq. 1.
+    """
+    scores = jnp.einsum("...qhk,...mhk->...hqm", query, key, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
+    weights = attention_weights(scores, query.shape[-1], value.dtype)
+    return jnp.einsum("...hqm,...mhk->...qhk", weights, value)
+
+
+def sparse_causal_attention(query: Heads, key: Heads, value: Heads) -> Heads:
+    """Returns each frame's attention over the tokens of frame 0 and of the frame before it.
+
+    Wu et al. 2023 (arXiv:2212.11565), section 3.2: Q = W_Q z_i, K = W_K [z_0, z_{i-1}],
+    V = W_V [z_0, z_{i-1}]. Frame 0 has no predecessor: it looks at itself twice, which is the
+    same as once. Keys and values of frame 0 enter as they are, never copied per frame.
+    """
+    former_key, former_value = (
+        jnp.concatenate([x[:, :1], x[:, :-1]], axis=1) for x in (key, value)
+    )
+    to_first = jnp.einsum("bfqhk,bmhk->bfhqm", query, key[:, 0], preferred_element_type=jnp.float32)
+    to_former = jnp.einsum(
+        "bfqhk,bfmhk->bfhqm", query, former_key, preferred_element_type=jnp.float32
+    )
+    scores = jnp.concatenate([to_first, to_former], axis=-1)
+    weights = attention_weights(scores, query.shape[-1], value.dtype)
+    on_first, on_former = jnp.split(weights, 2, axis=-1)
+    return jnp.einsum("bfhqm,bmhk->bfqhk", on_first, value[:, 0]) + jnp.einsum(
+        "bfhqm,bfmhk->bfqhk", on_former, former_value
+    )
+
+
+def first_frame_attention(query: Heads, key: Heads, value: Heads) -> Heads:
+    """Returns each frame's attention over the tokens of frame 0 alone."""
+    return full_attention(query, key[:, :1], value[:, :1])
+
+
+def full_attention(query: Heads, key: Heads, value: Heads) -> Heads:
+    """Returns each token's attention over every token of every frame that key and value hold."""
+    frames = query.shape[1]
+    query, key, value = (
+        rearrange(x, "b f n heads k -> b (f n) heads k") for x in (query, key, value)
+    )
+    return rearrange(attention(query, key, value), "b (f n) heads k -> b f n heads k", f=frames)
+
+
+FRAME_ATTENTION: dict[str, Callable[[Heads, Heads, Heads], Heads]] = {
+    "sparse_causal": sparse_causal_attention,
+    "spatial": attention,
+    "first_frame": first_frame_attention,
+    "full": full_attention,
+}
+
+
+class Attention(nnx.Module):
+    """Projections around one of the attention functions above."""
+
+    def __init__(
+        self,
+        query_dim: int,
+        num_attention_heads: int,
+        *,
+        context_dim: int | None = None,
+        attend: Callable[[Array, Array, Array], Array] = attention,
+        use_bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        context_dim = query_dim if context_dim is None else context_dim
+        self.to_q = Linear(query_dim, query_dim, use_bias=use_bias, rngs=rngs)
+        self.to_k = Linear(context_dim, query_dim, use_bias=use_bias, rngs=rngs)
+        self.to_v = Linear(context_dim, query_dim, use_bias=use_bias, rngs=rngs)
+        # The checkpoint counts a dropout as to_out.1.
+        self.to_out = nnx.List([Linear(query_dim, query_dim, rngs=rngs)])
+        self.num_attention_heads = num_attention_heads
+        self.attend = attend
+
+    def __call__(
+        self, x: Float[Array, "*axes n c"], context: Float[Array, "*axes m d"]
+    ) -> Float[Array, "*axes n c"]:
+        query, key, value = (
+            rearrange(y, "... (heads k) -> ... heads k", heads=self.num_attention_heads)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        mixed = self.attend(query, key, value)
+        return self.to_out[0](rearrange(mixed, "... heads k -> ... (heads k)"))
+
+
+class GEGLU(nnx.Module):
+    """Value times gelu(gate), the exact gelu (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, inner_dim: int, *, rngs: nnx.Rngs):
+        self.proj = Linear(dim, 2 * inner_dim, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*axes c"]) -> Float[Array, "*axes i"]:
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return value * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        inner_dim = 4 * dim
+        # The checkpoint counts a dropout as net.1, which holds no parameters.
+        self.net: nnx.List = nnx.List(
+            [GEGLU(dim, inner_dim, rngs=rngs), None, Linear(inner_dim, dim, rngs=rngs)]
+        )
+
+    def __call__(self, x: Float[Array, "*axes c"]) -> Float[Array, "*axes c"]:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Attention between frames, to the text, feed-forward, then attention over time.
+
+    Wu et al. 2023, figure 3, and the published BasicTransformerBlock: the temporal attention
+    comes last, after the feed-forward.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        *,
+        context_dim: int,
+        attention_scope: AttentionScope,
+        rngs: nnx.Rngs,
+    ):
+        attend = FRAME_ATTENTION[attention_scope]
+        self.norm1 = LayerNorm(dim)
+        self.attn1 = Attention(dim, num_attention_heads, attend=attend, rngs=rngs)
+        self.norm2 = LayerNorm(dim)
+        self.attn2 = Attention(dim, num_attention_heads, context_dim=context_dim, rngs=rngs)
+        self.norm3 = LayerNorm(dim)
+        self.ff = FeedForward(dim, rngs=rngs)
+        self.norm_temp = LayerNorm(dim)
+        self.attn_temp = Attention(dim, num_attention_heads, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b f n c"], context: Float[Array, "b s d"]
+    ) -> Float[Array, "b f n c"]:
+        frames = x.shape[1]
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, normed)
+        # The text is the same for every frame: its keys and values are made once per prompt.
+        queries = rearrange(self.norm2(x), "b f n c -> b (f n) c")
+        x = x + rearrange(self.attn2(queries, context), "b (f n) c -> b f n c", f=frames)
+        x = x + self.ff(self.norm3(x))
+        over_time = rearrange(self.norm_temp(x), "b f n c -> b n f c")
+        return x + rearrange(self.attn_temp(over_time, over_time), "b n f c -> b f n c")

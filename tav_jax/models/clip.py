@@ -1,0 +1,124 @@
+"""CLIP's text encoder. Parameter names follow transformers' CLIPTextModel."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+from tav_jax.models.attention import attention
+from tav_jax.models.layers import Embed, LayerNorm, Linear
+from tav_jax.types import Context, TokenIds
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    layer_norm_eps: float
+    hidden_act: Literal["quick_gelu", "gelu"]
+    dtype: str = "float32"
+
+
+def quick_gelu(x: Float[Array, "*axes c"]) -> Float[Array, "*axes c"]:
+    """Returns x * sigmoid(1.702 x), the gelu that OpenAI's CLIP was trained with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: Float[Array, "*axes c"]) -> Float[Array, "*axes c"]:
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+class SelfAttention(nnx.Module):
+    """Causal self-attention: a token looks at itself and at those before it."""
+
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.q_proj = Linear(width, width, rngs=rngs)
+        self.k_proj = Linear(width, width, rngs=rngs)
+        self.v_proj = Linear(width, width, rngs=rngs)
+        self.out_proj = Linear(width, width, rngs=rngs)
+        self.num_attention_heads = config.num_attention_heads
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        query, key, value = (
+            rearrange(project(x), "b s (heads k) -> b s heads k", heads=self.num_attention_heads)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), dtype=bool))
+        mixed = attention(query, key, value, causal)
+        return self.out_proj(rearrange(mixed, "b s heads k -> b s (heads k)"))
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class EncoderLayer(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = SelfAttention(config, rngs=rngs)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Embeddings(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.token_embedding = Embed(config.vocab_size, width, rngs=rngs)
+        self.position_embedding = Embed(config.max_position_embeddings, width, rngs=rngs)
+
+    def __call__(self, input_ids: TokenIds) -> Float[Array, "b s d"]:
+        tokens = self.token_embedding.embedding[...][input_ids]
+        return tokens + self.position_embedding.embedding[...][: input_ids.shape[1]]
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.layers = nnx.List(
+            EncoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)
+        )
+
+
+class TextTransformer(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.embeddings = Embeddings(config, rngs=rngs)
+        self.encoder = Encoder(config, rngs=rngs)
+        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class CLIPTextModel(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.text_model = TextTransformer(config, rngs=rngs)
+        self.dtype = config.dtype
+
+    def __call__(self, input_ids: TokenIds) -> Context:
+        """Returns the last layer's states after the final norm, float32.
+
+        Padding is not masked: Stable Diffusion's text states include the padding's.
+        """
+        x = self.text_model.embeddings(input_ids).astype(self.dtype)
+        for layer in self.text_model.encoder.layers:
+            x = layer(x)
+        return self.text_model.final_layer_norm(x).astype(jnp.float32)

@@ -1,0 +1,207 @@
+"""Dense, convolution and normalisation layers that carry the checkpoint's parameters.
+
+A layer computes in the type of its input and stores its parameters in whatever type they came.
+Statistics of the norms are float32 always. Convolutions and group norms take any number of axes
+between batch and `h w c`, so one residual block serves pictures and videos.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+from tav_jax.types import PRNGKey
+
+
+def fan_in_uniform(key: PRNGKey, shape: tuple[int, ...]) -> Array:
+    """Returns a kernel drawn from U(+-1/sqrt(fan_in)), PyTorch's default for Linear and Conv2d.
+
+    New temporal layers, and networks trained from scratch, start where the published code starts.
+    """
+    size = math.prod(shape)
+    # Lengths are powers of two, since each length compiles once and networks have many shapes.
+    draws = jax.random.uniform(key, (1 << (size - 1).bit_length(),), minval=-1.0, maxval=1.0)
+    return draws[:size].reshape(shape) / math.sqrt(size // shape[-1])
+
+
+def group_norm(
+    x: Float[Array, "b *axes c"],
+    scale: Float[Array, "c"],
+    bias: Float[Array, "c"],
+    *,
+    num_groups: int,
+    eps: float,
+) -> Float[Array, "b *axes c"]:
+    """Returns x with zero mean and unit variance in each group of channels, then scaled.
+
+    Statistics run over every axis but the first, so a video `b f h w c` shares them over its
+    frames and a stack of pictures `(b f) h w c` does not.
+    """
+    grouped = x.reshape(x.shape[0], -1, num_groups, x.shape[-1] // num_groups).astype(jnp.float32)
+    mean = grouped.mean((1, 3), keepdims=True)
+    variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
+    normed = (grouped - mean) * jax.lax.rsqrt(variance + eps)
+    return (normed.reshape(x.shape) * scale + bias).astype(x.dtype)
+
+
+def layer_norm(
+    x: Float[Array, "*axes c"], scale: Float[Array, "c"], bias: Float[Array, "c"], *, eps: float
+) -> Float[Array, "*axes c"]:
+    """Returns x with zero mean and unit variance over its channels, then scaled."""
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True)
+    variance = jnp.square(wide - mean).mean(-1, keepdims=True)
+    return ((wide - mean) * jax.lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    def __init__(
+        self, in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs
+    ):
+        self.kernel = nnx.Param(fan_in_uniform(rngs.params(), (in_features, out_features)))
+        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "*axes i"]) -> Float[Array, "*axes o"]:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Conv(nnx.Module):
+    """A convolution over `h w`; leading axes, frames among them, are batch (a 1x3x3 kernel)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        *,
+        stride: int = 1,
+        padding: tuple[int, int] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        shape = (kernel_size, kernel_size, in_channels, out_channels)
+        self.kernel = nnx.Param(fan_in_uniform(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros(out_channels))
+        self.stride = stride
+        self.padding = (kernel_size // 2, kernel_size // 2) if padding is None else padding
+
+    def __call__(self, x: Float[Array, "*axes h w i"]) -> Float[Array, "*axes h2 w2 o"]:
+        pictures = x.reshape(-1, *x.shape[-3:])
+        y = jax.lax.conv_general_dilated(
+            pictures,
+            self.kernel[...].astype(x.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=(self.padding, self.padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        y = y + self.bias[...].astype(x.dtype)
+        return y.reshape(*x.shape[:-3], *y.shape[-3:])
+
+
+class GroupNorm(nnx.Module):
+    def __init__(self, num_groups: int, num_channels: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones(num_channels))
+        self.bias = nnx.Param(jnp.zeros(num_channels))
+        self.num_groups = num_groups
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "b *axes c"]) -> Float[Array, "b *axes c"]:
+        return group_norm(
+            x, self.scale[...], self.bias[...], num_groups=self.num_groups, eps=self.eps
+        )
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, num_channels: int, *, eps: float = 1e-5):
+        self.scale = nnx.Param(jnp.ones(num_channels))
+        self.bias = nnx.Param(jnp.zeros(num_channels))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*axes c"]) -> Float[Array, "*axes c"]:
+        return layer_norm(x, self.scale[...], self.bias[...], eps=self.eps)
+
+
+class Embed(nnx.Module):
+    def __init__(self, num_embeddings: int, features: int, *, rngs: nnx.Rngs):
+        # CLIP's `initializer_factor` 1.0 gives tokens and positions this deviation.
+        self.embedding = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (num_embeddings, features))
+        )
+
+
+class ResnetBlock(nnx.Module):
+    """Norm, SiLU, convolution, twice, around a shortcut; the timestep is added in between.
+
+    Follows diffusers' ResnetBlock2D and Tune-A-Video's ResnetBlock3D, which differ only in the
+    number of axes: the VAE gives `n h w c` and no timestep, the U-Net gives `b f h w c`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        time_embed_dim: int | None = None,
+        num_groups: int,
+        eps: float,
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = GroupNorm(num_groups, in_channels, eps=eps)
+        self.conv1 = Conv(in_channels, out_channels, rngs=rngs)
+        self.time_emb_proj = (
+            None if time_embed_dim is None else Linear(time_embed_dim, out_channels, rngs=rngs)
+        )
+        self.norm2 = GroupNorm(num_groups, out_channels, eps=eps)
+        self.conv2 = Conv(out_channels, out_channels, rngs=rngs)
+        self.conv_shortcut = (
+            None if in_channels == out_channels else Conv(in_channels, out_channels, 1, rngs=rngs)
+        )
+
+    def __call__(
+        self, x: Float[Array, "b *axes i"], time_emb: Float[Array, "b t"] | None = None
+    ) -> Float[Array, "b *axes o"]:
+        hidden = self.conv1(jax.nn.silu(self.norm1(x)))
+        if self.time_emb_proj is not None and time_emb is not None:
+            shift = self.time_emb_proj(jax.nn.silu(time_emb))
+            hidden = hidden + jnp.expand_dims(shift, range(1, hidden.ndim - 1))
+        hidden = self.conv2(jax.nn.silu(self.norm2(hidden)))
+        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+def upsample_nearest(
+    x: Float[Array, "*axes h w c"], size: tuple[int, int]
+) -> Float[Array, "*axes h2 w2 c"]:
+    """Returns x on a grid of `size`, each point a copy of the source point at floor(i h / h2).
+
+    The size need not be a multiple of the old one: at grids that the down-samplings do not
+    divide, PyTorch's `interpolate(size=..., mode="nearest")` is told the skip's size.
+    """
+    h, w = x.shape[-3:-1]
+    if size == (2 * h, 2 * w):
+        return jnp.repeat(jnp.repeat(x, 2, axis=-3), 2, axis=-2)
+    rows = jnp.arange(size[0]) * h // size[0]
+    columns = jnp.arange(size[1]) * w // size[1]
+    return x[..., rows, :, :][..., columns, :]
+
+
+class Downsample(nnx.Module):
+    """A strided convolution; `padding` is (1, 1) in the U-Net and (0, 1) in the VAE."""
+
+    def __init__(self, channels: int, *, padding: tuple[int, int], rngs: nnx.Rngs):
+        self.conv = Conv(channels, channels, stride=2, padding=padding, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*axes h w c"]) -> Float[Array, "*axes h2 w2 c"]:
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv = Conv(channels, channels, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "*axes h w c"], size: tuple[int, int]
+    ) -> Float[Array, "*axes h2 w2 c"]:
+        return self.conv(upsample_nearest(x, size))

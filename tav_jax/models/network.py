@@ -1,0 +1,76 @@
+"""A network as a value: a static definition and a flat dictionary of arrays."""
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
+
+import jax
+from flax import nnx
+from jax import Array
+
+from tav_jax.types import Params, PRNGKey
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Network(Generic[Module]):
+    """A module class, its config and its parameters: a pytree whose leaves are the parameters.
+
+    It goes through `jit`, `grad` and `vmap` like any pytree. Calling it runs the module; other
+    methods are reached through `bind`, as in `vae.bind().decode(latents)`.
+
+    Example:
+        noise_pred = jax.jit(lambda unet, *inputs: unet(*inputs))(unet, latents, timesteps, context)
+    """
+
+    module_class: type[Module] = field(metadata={"static": True})
+    config: Any = field(metadata={"static": True})
+    params: Params
+
+    def bind(self) -> Module:
+        """Returns the module holding these parameters, for use right away."""
+        state = nnx.from_flat_state(
+            [(_path(name), value) for name, value in self.params.items()], cls=nnx.State
+        )
+        return nnx.merge(_definition(self.module_class, self.config)[0], state)
+
+    def __call__(self, *inputs: Array) -> Array:
+        return self.bind()(*inputs)
+
+    def with_params(self, params: Params) -> "Network[Module]":
+        """Returns the same network with other parameters."""
+        return replace(self, params=params)
+
+    def with_config(self, **changes: Any) -> "Network[Module]":
+        """Returns the same parameters under a config with some fields changed."""
+        return replace(self, config=replace(self.config, **changes))
+
+
+def init_network(module_class: type[Module], config: Any, key: PRNGKey) -> Network[Module]:
+    """Returns a network with freshly drawn float32 parameters."""
+    # Not jitted: compiling hundreds of draws as one program takes longer than all the drawing.
+    module: nnx.Module = module_class(config, rngs=nnx.Rngs(key))  # type: ignore[call-arg]
+    return Network(module_class, config, _flat(nnx.state(module)))
+
+
+def parameter_shapes(module_class: type[Module], config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns name, shape and type of every parameter, without making any."""
+    return _definition(module_class, config)[1]
+
+
+@lru_cache(maxsize=32)
+def _definition(module_class: type, config: Any) -> tuple[nnx.GraphDef, dict]:
+    abstract = nnx.eval_shape(lambda: module_class(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    return graphdef, _flat(state)
+
+
+def _flat(state: nnx.State) -> dict:
+    leaves = nnx.to_flat_state(nnx.pure(state))
+    return {".".join(map(str, path)): leaf for path, leaf in leaves}
+
+
+def _path(name: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))

@@ -1,0 +1,266 @@
+"""The 3D U-Net: Stable Diffusion's image U-Net inflated to frames.
+
+Parameter names follow diffusers' UNet2DConditionModel and Tune-A-Video's UNet3DConditionModel.
+At one frame, with the temporal attention at its start, it is the image U-Net.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+from tav_jax.models.attention import AttentionScope, BasicTransformerBlock
+from tav_jax.models.layers import Conv, Downsample, GroupNorm, Linear, ResnetBlock, Upsample
+from tav_jax.types import Context, Latents, Timesteps
+
+TRANSFORMER_NORM_EPS = 1e-6  # diffusers' Transformer2DModel; the residual blocks take norm_eps
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The shape of a 3D U-Net, and how it computes.
+
+    Args:
+        block_out_channels: Width of each level, from the finest.
+        down_attention: Whether each level has transformers on the way down; `up_attention`
+            counts from the coarsest, as the published `up_block_types` does.
+        num_attention_heads: Heads of each level. The published config has these numbers under
+            the name `attention_head_dim`.
+        attention_scope: What a frame's self-attention may look at.
+        gradient_checkpointing: Keep only the inputs of residual blocks and transformers for the
+            backward pass and compute the rest again.
+        dtype: Type of the computation; statistics and softmax are float32 in any case.
+    """
+
+    in_channels: int
+    out_channels: int
+    block_out_channels: tuple[int, ...]
+    down_attention: tuple[bool, ...]
+    up_attention: tuple[bool, ...]
+    num_attention_heads: tuple[int, ...]
+    layers_per_block: int
+    cross_attention_dim: int
+    norm_num_groups: int
+    norm_eps: float
+    use_linear_projection: bool
+    flip_sin_to_cos: bool
+    freq_shift: float
+    attention_scope: AttentionScope = "sparse_causal"
+    gradient_checkpointing: bool = False
+    dtype: str = "float32"
+
+
+def timestep_embedding(
+    timesteps: Timesteps, dim: int, *, flip_sin_to_cos: bool, freq_shift: float
+) -> Float[Array, "b dim"]:
+    """Returns sines and cosines of the timesteps at `dim / 2` geometric frequencies, float32.
+
+    Vaswani et al. 2017, section 3.5, with the frequency exponent i / (dim / 2 - freq_shift).
+    Stable Diffusion puts the cosines first (`flip_sin_to_cos`).
+    """
+    half = dim // 2
+    exponents = jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
+    angles = timesteps[:, None].astype(jnp.float32) * jnp.exp(-math.log(10000) * exponents)
+    waves = [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.concatenate(waves[::-1] if flip_sin_to_cos else waves, axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    def __init__(self, dim: int, time_embed_dim: int, *, rngs: nnx.Rngs):
+        self.linear_1 = Linear(dim, time_embed_dim, rngs=rngs)
+        self.linear_2 = Linear(time_embed_dim, time_embed_dim, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b dim"]) -> Float[Array, "b t"]:
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class Transformer3D(nnx.Module):
+    """Transformer blocks over the tokens of a video, in and out through a projection."""
+
+    def __init__(
+        self, channels: int, num_attention_heads: int, config: UNetConfig, *, rngs: nnx.Rngs
+    ):
+        project = Linear if config.use_linear_projection else pointwise_conv
+        self.norm = GroupNorm(config.norm_num_groups, channels, eps=TRANSFORMER_NORM_EPS)
+        self.proj_in = project(channels, channels, rngs=rngs)
+        self.transformer_blocks = nnx.List(
+            [
+                BasicTransformerBlock(
+                    channels,
+                    num_attention_heads,
+                    context_dim=config.cross_attention_dim,
+                    attention_scope=config.attention_scope,
+                    rngs=rngs,
+                )
+            ]
+        )
+        self.proj_out = project(channels, channels, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b f h w c"], context: Context) -> Float[Array, "b f h w c"]:
+        b, _, h, _, _ = x.shape
+        # Frame by frame here, unlike in the residual blocks.
+        normed = self.norm(rearrange(x, "b f h w c -> (b f) h w c"))
+        hidden = rearrange(self.proj_in(normed), "(b f) h w c -> b f (h w) c", b=b)
+        for block in self.transformer_blocks:
+            hidden = block(hidden, context)
+        return x + self.proj_out(rearrange(hidden, "b f (h w) c -> b f h w c", h=h))
+
+
+def pointwise_conv(in_channels: int, out_channels: int, *, rngs: nnx.Rngs) -> Conv:
+    return Conv(in_channels, out_channels, 1, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """One level on the way down or up, or the middle: residual blocks, transformers, resampling.
+
+    `resnets` gives the input width of each residual block. Attributes that a level lacks are
+    empty lists, so that the checkpoint's names are exactly the parameters there are.
+    """
+
+    def __init__(
+        self,
+        in_channels: list[int],
+        out_channels: int,
+        config: UNetConfig,
+        *,
+        num_attention_heads: int,
+        num_transformers: int,
+        downsample: bool = False,
+        upsample: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.resnets = nnx.List(
+            ResnetBlock(
+                width,
+                out_channels,
+                time_embed_dim=time_embed_dim(config),
+                num_groups=config.norm_num_groups,
+                eps=config.norm_eps,
+                rngs=rngs,
+            )
+            for width in in_channels
+        )
+        self.attentions = nnx.List(
+            Transformer3D(out_channels, num_attention_heads, config, rngs=rngs)
+            for _ in range(num_transformers)
+        )
+        # The U-Net pads all round.
+        self.downsamplers = nnx.List(
+            [Downsample(out_channels, padding=(1, 1), rngs=rngs)] if downsample else []
+        )
+        self.upsamplers = nnx.List([Upsample(out_channels, rngs=rngs)] if upsample else [])
+
+
+def time_embed_dim(config: UNetConfig) -> int:
+    return 4 * config.block_out_channels[0]
+
+
+class UNet3DConditionModel(nnx.Module):
+    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
+        widths, layers = config.block_out_channels, config.layers_per_block
+        self.config = config
+        self.conv_in = Conv(config.in_channels, widths[0], rngs=rngs)
+        self.time_embedding = TimestepEmbedding(widths[0], time_embed_dim(config), rngs=rngs)
+
+        self.down_blocks: nnx.List[Block] = nnx.List()
+        skips = [widths[0]]
+        for level, width in enumerate(widths):
+            last = level == len(widths) - 1
+            self.down_blocks.append(
+                Block(
+                    [skips[-1]] + [width] * (layers - 1),
+                    width,
+                    config,
+                    num_attention_heads=config.num_attention_heads[level],
+                    num_transformers=layers if config.down_attention[level] else 0,
+                    downsample=not last,
+                    rngs=rngs,
+                )
+            )
+            skips += [width] * (layers if last else layers + 1)
+
+        self.mid_block = Block(
+            [widths[-1]] * 2,
+            widths[-1],
+            config,
+            num_attention_heads=config.num_attention_heads[-1],
+            num_transformers=1,
+            rngs=rngs,
+        )
+
+        self.up_blocks: nnx.List[Block] = nnx.List()
+        previous = widths[-1]
+        for index, width in enumerate(reversed(widths)):
+            in_channels = [previous + skips.pop()] + [width + skips.pop() for _ in range(layers)]
+            self.up_blocks.append(
+                Block(
+                    in_channels,
+                    width,
+                    config,
+                    num_attention_heads=config.num_attention_heads[-1 - index],
+                    num_transformers=layers + 1 if config.up_attention[index] else 0,
+                    upsample=index < len(widths) - 1,
+                    rngs=rngs,
+                )
+            )
+            previous = width
+
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = Conv(widths[0], config.out_channels, rngs=rngs)
+
+    def __call__(self, latents: Latents, timesteps: Timesteps, context: Context) -> Latents:
+        """Returns the predicted noise (or velocity), float32.
+
+        Args:
+            latents: Noisy latents, scaled by the VAE's scaling factor.
+            timesteps: Training timesteps, 0 to 999, one per clip.
+            context: States of the text encoder's last layer, one prompt per clip.
+        """
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+
+        def run(layer: nnx.Module, x: Array, *args: Array) -> Array:
+            if not config.gradient_checkpointing:
+                return layer(x, *args)
+            return jax.checkpoint(lambda x, *args: layer(x, *args))(x, *args)
+
+        waves = timestep_embedding(
+            timesteps,
+            config.block_out_channels[0],
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        )
+        time_emb = self.time_embedding(waves.astype(dtype))
+        context = context.astype(dtype)
+
+        x = self.conv_in(latents.astype(dtype))
+        skips = [x]
+        for block in self.down_blocks:
+            for index, resnet in enumerate(block.resnets):
+                x = run(resnet, x, time_emb)
+                if block.attentions:
+                    x = run(block.attentions[index], x, context)
+                skips.append(x)
+            for downsampler in block.downsamplers:
+                x = downsampler(x)
+                skips.append(x)
+
+        first, second = self.mid_block.resnets
+        x = run(first, x, time_emb)
+        x = run(self.mid_block.attentions[0], x, context)
+        x = run(second, x, time_emb)
+
+        for block in self.up_blocks:
+            for index, resnet in enumerate(block.resnets):
+                x = run(resnet, jnp.concatenate([x, skips.pop()], axis=-1), time_emb)
+                if block.attentions:
+                    x = run(block.attentions[index], x, context)
+            for upsampler in block.upsamplers:
+                x = upsampler(x, skips[-1].shape[2:4])
+
+        x = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return x.astype(jnp.float32)

@@ -1,0 +1,197 @@
+"""Stable Diffusion's autoencoder: pictures to posterior moments, latents to pictures.
+
+Parameter names follow diffusers' AutoencoderKL. It knows no frames: a video is a stack of
+pictures, and every statistic is a picture's own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+from tav_jax.models.attention import attention
+from tav_jax.models.layers import Conv, Downsample, GroupNorm, Linear, ResnetBlock, Upsample
+from tav_jax.types import Latents, Moments, PixelValues
+
+NORM_EPS = 1e-6  # every norm of the published autoencoder, unlike the U-Net's residual blocks
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The shape of an autoencoder, and how it computes.
+
+    Args:
+        scaling_factor: What the diffusion multiplies latents with, for unit deviation.
+        frames_per_chunk: Frames that are encoded or decoded at a time: memory against speed.
+    """
+
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    norm_num_groups: int
+    scaling_factor: float
+    frames_per_chunk: int = 4
+    dtype: str = "float32"
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along one side of a latent point."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class SpatialAttention(nnx.Module):
+    """Self-attention over the points of a picture, one head, around a residual."""
+
+    def __init__(self, channels: int, config: VAEConfig, *, rngs: nnx.Rngs):
+        self.group_norm = GroupNorm(config.norm_num_groups, channels, eps=NORM_EPS)
+        self.to_q = Linear(channels, channels, rngs=rngs)
+        self.to_k = Linear(channels, channels, rngs=rngs)
+        self.to_v = Linear(channels, channels, rngs=rngs)
+        self.to_out = nnx.List([Linear(channels, channels, rngs=rngs)])
+
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        normed = rearrange(self.group_norm(x), "n h w c -> n (h w) 1 c")
+        mixed = attention(self.to_q(normed), self.to_k(normed), self.to_v(normed))
+        return x + self.to_out[0](rearrange(mixed, "n (h w) 1 c -> n h w c", h=x.shape[1]))
+
+
+class Level(nnx.Module):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        config: VAEConfig,
+        *,
+        layers: int,
+        downsample: bool = False,
+        upsample: bool = False,
+        attention: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.resnets = nnx.List(
+            ResnetBlock(
+                in_channels if index == 0 else out_channels,
+                out_channels,
+                num_groups=config.norm_num_groups,
+                eps=NORM_EPS,
+                rngs=rngs,
+            )
+            for index in range(layers)
+        )
+        self.attentions = nnx.List(
+            [SpatialAttention(out_channels, config, rngs=rngs)] if attention else []
+        )
+        # The VAE pads right and bottom only.
+        self.downsamplers = nnx.List(
+            [Downsample(out_channels, padding=(0, 1), rngs=rngs)] if downsample else []
+        )
+        self.upsamplers = nnx.List([Upsample(out_channels, rngs=rngs)] if upsample else [])
+
+    def __call__(self, x: Float[Array, "n h w i"]) -> Float[Array, "n h2 w2 o"]:
+        first, *rest = self.resnets
+        x = first(x)
+        for index, resnet in enumerate(rest):
+            if index < len(self.attentions):
+                x = self.attentions[index](x)
+            x = resnet(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+        for upsampler in self.upsamplers:
+            x = upsampler(x, (2 * x.shape[1], 2 * x.shape[2]))
+        return x
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        widths, layers = config.block_out_channels, config.layers_per_block
+        self.conv_in = Conv(config.in_channels, widths[0], rngs=rngs)
+        self.down_blocks = nnx.List(
+            Level(before, width, config, layers=layers, downsample=level < len(widths), rngs=rngs)
+            for level, (before, width) in enumerate(pairwise((widths[0], *widths)), start=1)
+        )
+        self.mid_block = Level(widths[-1], widths[-1], config, layers=2, attention=True, rngs=rngs)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = Conv(widths[-1], 2 * config.latent_channels, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "n H W 3"]) -> Float[Array, "n h w c2"]:
+        x = self.conv_in(x)
+        for block in (*self.down_blocks, self.mid_block):
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        widths = config.block_out_channels[::-1]
+        layers = config.layers_per_block + 1
+        self.conv_in = Conv(config.latent_channels, widths[0], rngs=rngs)
+        self.mid_block = Level(widths[0], widths[0], config, layers=2, attention=True, rngs=rngs)
+        self.up_blocks = nnx.List(
+            Level(before, width, config, layers=layers, upsample=level < len(widths), rngs=rngs)
+            for level, (before, width) in enumerate(pairwise((widths[0], *widths)), start=1)
+        )
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = Conv(widths[-1], config.out_channels, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n H W 3"]:
+        x = self.conv_in(x)
+        for block in (self.mid_block, *self.up_blocks):
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nnx.Module):
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        channels = config.latent_channels
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.quant_conv = Conv(2 * channels, 2 * channels, 1, rngs=rngs)
+        self.post_quant_conv = Conv(channels, channels, 1, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+
+    def encode(self, pixel_values: PixelValues) -> Moments:
+        """Returns mean and log variance of the posterior, before scaling, float32.
+
+        Mean first along the last axis; the log variance is cut to [-30, 20] as published.
+        """
+        moments = self._by_chunk(lambda x: self.quant_conv(self.encoder(x)), pixel_values)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return jnp.concatenate([mean, jnp.clip(logvar, -30.0, 20.0)], axis=-1)
+
+    def decode(self, latents: Latents) -> PixelValues:
+        """Returns pixel values, nominally in [-1, 1] but not cut to it, float32.
+
+        Args:
+            latents: As the diffusion knows them; the scaling factor is divided out here.
+        """
+        return self._by_chunk(
+            lambda x: self.decoder(self.post_quant_conv(x)), latents / self.config.scaling_factor
+        )
+
+    def _by_chunk(
+        self, run: Callable[[Array], Array], video: Float[Array, "b f h w i"]
+    ) -> Float[Array, "b f h2 w2 o"]:
+        """Applies `run` to a few frames at a time, so that activations of all never coexist."""
+        pictures = rearrange(video, "b f h w c -> (b f) h w c").astype(self.config.dtype)
+        done = jax.lax.map(
+            lambda picture: run(picture[None])[0],
+            pictures,
+            batch_size=self.config.frames_per_chunk,
+        )
+        return rearrange(done, "(b f) h w c -> b f h w c", b=len(video)).astype(jnp.float32)
+
+
+def sample_posterior(
+    moments: Moments, noise: Float[Array, "b f h w c"], scaling_factor: float
+) -> Latents:
+    """Returns latents drawn from the posterior and scaled: (mean + deviation * noise) * factor."""
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    return (mean + jnp.exp(0.5 * logvar) * noise) * scaling_factor

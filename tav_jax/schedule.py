@@ -1,0 +1,185 @@
+"""The noise schedule, and DDIM's steps along it: pure arithmetic in float32.
+
+| code             | paper                         | meaning                                  |
+|------------------|-------------------------------|------------------------------------------|
+| `alphas_cumprod` | alpha_t (DDIM), abar_t (DDPM) | share of signal left after t steps       |
+| `latents`        | z_t                           | latents at timestep t                    |
+| `noise`          | epsilon                       | the Gaussian in z_t                      |
+| `velocity`       | v_t (arXiv:2202.00512)        | sqrt(abar) epsilon - sqrt(1 - abar) x0   |
+| `step_size`      | tau_i - tau_{i-1}             | timesteps from one DDIM step to the next |
+| `eta`            | eta                           | 0: deterministic, 1: DDPM's noise        |
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int, Int32
+
+from tav_jax.types import Latents, Scalar, Timesteps
+
+PredictionType = Literal["epsilon", "v_prediction"]
+
+# Stable Diffusion's schedulers count their steps from timestep 1. The published pipeline sets
+# this whatever the model's config says.
+STEPS_OFFSET = 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """How much of the signal is left at each timestep, and what the network predicts.
+
+    Args:
+        final_alpha_cumprod: What DDIM's last step arrives at: abar_0 for Stable Diffusion,
+            1 where the scheduler config says `set_alpha_to_one`.
+    """
+
+    alphas_cumprod: Float[Array, "t"]
+    final_alpha_cumprod: Scalar
+    prediction_type: PredictionType = field(metadata={"static": True})
+
+
+def make_schedule(
+    *,
+    num_train_timesteps: int,
+    beta_start: float,
+    beta_end: float,
+    beta_schedule: Literal["linear", "scaled_linear"],
+    prediction_type: PredictionType,
+    set_alpha_to_one: bool,
+) -> NoiseSchedule:
+    """Returns the schedule abar_t = prod_{s <= t} (1 - beta_s) (Ho et al. 2020, eq. 4).
+
+    "scaled_linear" betas are the squares of numbers evenly spaced between the roots.
+    """
+    power = {"linear": 1, "scaled_linear": 2}[beta_schedule]
+    ends = beta_start ** (1 / power), beta_end ** (1 / power)
+    betas = np.linspace(*ends, num_train_timesteps) ** power
+    alphas_cumprod = np.cumprod(1 - betas).astype(np.float32)
+    return NoiseSchedule(
+        jnp.asarray(alphas_cumprod),
+        jnp.float32(1 if set_alpha_to_one else alphas_cumprod[0]),
+        prediction_type,
+    )
+
+
+def add_noise(
+    schedule: NoiseSchedule, latents: Latents, noise: Latents, timesteps: Timesteps
+) -> Latents:
+    """Returns z_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) epsilon (Ho et al. 2020, eq. 4)."""
+    signal, sigma = _signal_and_sigma(schedule, timesteps)
+    return signal * latents + sigma * noise
+
+
+def velocity(
+    schedule: NoiseSchedule, latents: Latents, noise: Latents, timesteps: Timesteps
+) -> Latents:
+    """Returns v_t = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x0 (Salimans & Ho 2022, app. D)."""
+    signal, sigma = _signal_and_sigma(schedule, timesteps)
+    return signal * noise - sigma * latents
+
+
+def training_target(
+    schedule: NoiseSchedule, latents: Latents, noise: Latents, timesteps: Timesteps
+) -> Latents:
+    """Returns what the network is to predict: the noise or the velocity."""
+    if schedule.prediction_type == "v_prediction":
+        return velocity(schedule, latents, noise, timesteps)
+    return noise
+
+
+def ddim_timesteps(schedule: NoiseSchedule, num_steps: int) -> Int32[np.ndarray, "n"]:
+    """Returns `num_steps` timesteps from the noisiest down, "leading" spacing.
+
+    Raises:
+        ValueError: there are more steps than timesteps, or none.
+    """
+    last = len(schedule.alphas_cumprod) - 1
+    if not 1 <= num_steps <= last:
+        raise ValueError(f"number of DDIM steps: expected 1 to {last}, got {num_steps}")
+    steps = np.arange(num_steps, dtype=np.int32) * step_size(schedule, num_steps)
+    return steps[::-1] + np.int32(STEPS_OFFSET)
+
+
+def step_size(schedule: NoiseSchedule, num_steps: int) -> int:
+    """Returns how many timesteps one of `num_steps` DDIM steps spans."""
+    return len(schedule.alphas_cumprod) // num_steps
+
+
+def ddim_step(
+    schedule: NoiseSchedule,
+    model_output: Latents,
+    latents: Latents,
+    timestep: Int[Array, ""],
+    step_size: int,
+    eta: float | Scalar = 0.0,
+    noise: Latents | None = None,
+) -> Latents:
+    """Returns the latents one DDIM step nearer to the data, at `timestep - step_size`.
+
+    Song et al. 2021 (arXiv:2010.02502), eq. 12, without clipping x0. The last step arrives at
+    `final_alpha_cumprod`.
+
+    Args:
+        model_output: Prediction at `timestep`, after guidance.
+        noise: Unit Gaussian; with it, sigma follows eq. 16 and `eta`.
+    """
+    alpha = schedule.alphas_cumprod[timestep]
+    alpha_to = _alpha_or_final(schedule, timestep - step_size)
+    clean, noise_pred = _split_prediction(schedule, model_output, latents, alpha)
+    if noise is None:
+        return jnp.sqrt(alpha_to) * clean + jnp.sqrt(1 - alpha_to) * noise_pred
+    sigma = eta * jnp.sqrt((1 - alpha_to) / (1 - alpha) * (1 - alpha / alpha_to))
+    direction = jnp.sqrt(1 - alpha_to - sigma**2) * noise_pred
+    return jnp.sqrt(alpha_to) * clean + direction + sigma * noise
+
+
+def ddim_inverse_step(
+    schedule: NoiseSchedule,
+    model_output: Latents,
+    latents: Latents,
+    timestep: Int[Array, ""],
+    step_size: int,
+) -> Latents:
+    """Returns the latents one DDIM step nearer to the noise, at `timestep`.
+
+    `ddim_step` with eta = 0 run backwards: from `timestep - step_size` up to `timestep`, under
+    the assumption that the prediction is the same at both ends (Song et al. 2021, eq. 13).
+
+    Args:
+        model_output: Prediction for these latents as if they were at `timestep` already, which
+            is how the published code calls the network.
+    """
+    alpha = _alpha_or_final(schedule, timestep - step_size)
+    alpha_to = schedule.alphas_cumprod[timestep]
+    clean, noise_pred = _split_prediction(schedule, model_output, latents, alpha)
+    return jnp.sqrt(alpha_to) * clean + jnp.sqrt(1 - alpha_to) * noise_pred
+
+
+def _alpha_or_final(schedule: NoiseSchedule, timestep: Int[Array, ""]) -> Scalar:
+    return jnp.where(
+        timestep >= 0,
+        schedule.alphas_cumprod[jnp.maximum(timestep, 0)],
+        schedule.final_alpha_cumprod,
+    )
+
+
+def _split_prediction(
+    schedule: NoiseSchedule, model_output: Latents, latents: Latents, alpha: Scalar
+) -> tuple[Latents, Latents]:
+    """Returns the clean latents and the noise that a prediction implies."""
+    signal, sigma = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
+    if schedule.prediction_type == "v_prediction":
+        return signal * latents - sigma * model_output, signal * model_output + sigma * latents
+    return (latents - sigma * model_output) / signal, model_output
+
+
+def _signal_and_sigma(
+    schedule: NoiseSchedule, timesteps: Timesteps
+) -> tuple[Float[Array, "b 1 1 1 1"], Float[Array, "b 1 1 1 1"]]:
+    alpha = schedule.alphas_cumprod[timesteps][:, None, None, None, None]
+    return jnp.sqrt(alpha), jnp.sqrt(1 - alpha)

@@ -1,0 +1,259 @@
+"""A Stable Diffusion folder, or Hub id, -> one Model value; a tuned U-Net back to a folder."""
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+from transformers import CLIPTokenizer
+
+from tav_jax import published_config, weights
+from tav_jax.models.attention import AttentionScope
+from tav_jax.models.clip import CLIPTextModel
+from tav_jax.models.network import Network, parameter_shapes
+from tav_jax.models.unet import UNet3DConditionModel
+from tav_jax.models.vae import AutoencoderKL
+from tav_jax.schedule import NoiseSchedule
+from tav_jax.types import PRNGKey
+
+WEIGHT_STEMS = {
+    "text_encoder": "model",
+    "vae": "diffusion_pytorch_model",
+    "unet": "diffusion_pytorch_model",
+}
+CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A text-to-video model: three networks with their parameters, a tokenizer and a schedule."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: Network[CLIPTextModel]
+    vae: Network[AutoencoderKL]
+    unet: Network[UNet3DConditionModel]
+    schedule: NoiseSchedule
+
+    def with_unet(self, unet: Network[UNet3DConditionModel]) -> "Model":
+        """Returns the same model with another U-Net."""
+        return replace(self, unet=unet)
+
+
+def load_model(
+    pretrained_model_path: str | Path,
+    *,
+    dtype: str = "float32",
+    float32_modules: Sequence[str] = (),
+    attention_scope: AttentionScope = "sparse_causal",
+    gradient_checkpointing: bool = False,
+    key: PRNGKey | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Model:
+    """Returns a Stable Diffusion model with its U-Net inflated to frames.
+
+    Args:
+        pretrained_model_path: A folder of the Hub's layout (SD 1.x, 2.x base, their DreamBooth
+            exports, or with a tuned 3D U-Net), or a Hub id such as "CompVis/stable-diffusion-v1-4".
+        dtype: "float32" or "bfloat16": in which to compute, and in which to store parameters.
+        float32_modules: Modules of the U-Net stored in float32 all the same: those to be trained.
+        key: Draws the temporal attention's first values where the U-Net is an image U-Net; the
+            default is `jax.random.key(0)`.
+        revision: Branch, tag or commit on the Hub.
+        variant: Weight files of a variant ("fp16"); by default the plain ones, else fp16.
+
+    Raises:
+        FileNotFoundError: no such folder, and no such id on the Hub or in its cache.
+        ValueError: configs that cannot be honoured, or weights that do not fit them.
+    """
+    folder = find_folder(pretrained_model_path, revision=revision, variant=variant)
+    parts = (*WEIGHT_STEMS, *CONFIG_NAMES)
+    missing = [part for part in parts if not (folder / part).is_dir()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: not a Stable Diffusion folder, it has no {', no '.join(missing)}"
+        )
+    model = Model(
+        load_tokenizer(folder / "tokenizer"),
+        load_text_encoder(folder / "text_encoder", dtype=dtype, variant=variant),
+        load_vae(folder / "vae", dtype=dtype, variant=variant),
+        load_unet(
+            folder / "unet",
+            dtype=dtype,
+            float32_modules=float32_modules,
+            key=key,
+            variant=variant,
+        ),
+        load_schedule(folder / "scheduler"),
+    )
+    unet = model.unet.with_config(
+        attention_scope=attention_scope, gradient_checkpointing=gradient_checkpointing
+    )
+    widths = model.text_encoder.config.hidden_size, unet.config.cross_attention_dim
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"{folder}: the text encoder gives states {widths[0]} wide, the U-Net takes {widths[1]}"
+        )
+    return model.with_unet(unet)
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Returns CLIP's byte-pair tokenizer from its vocabulary files."""
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def load_text_encoder(
+    folder: Path, *, dtype: str = "float32", variant: str | None = None
+) -> Network[CLIPTextModel]:
+    """Returns CLIP's text encoder from its folder."""
+    config = published_config.read_text_config(_read_config(folder), f"{folder}/config.json")
+    return _load_network(CLIPTextModel, config, folder, "text_encoder", dtype, variant)
+
+
+def load_vae(
+    folder: Path, *, dtype: str = "float32", variant: str | None = None
+) -> Network[AutoencoderKL]:
+    """Returns the autoencoder from its folder."""
+    config = published_config.read_vae_config(_read_config(folder), f"{folder}/config.json")
+    return _load_network(AutoencoderKL, config, folder, "vae", dtype, variant)
+
+
+def load_unet(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    float32_modules: Sequence[str] = (),
+    key: PRNGKey | None = None,
+    variant: str | None = None,
+) -> Network[UNet3DConditionModel]:
+    """Returns a 3D U-Net from its folder, or an image U-Net from its folder, inflated."""
+    published = _read_config(folder)
+    config = published_config.read_unet_config(published, f"{folder}/config.json")
+    is_picture = published.get("_class_name") != "UNet3DConditionModel"
+
+    def dtype_of(name: str) -> str:
+        return "float32" if weights.in_modules(name, float32_modules) else dtype
+
+    unet = _load_network(
+        UNet3DConditionModel,
+        config,
+        folder,
+        "unet",
+        dtype,
+        variant,
+        dtype_of=dtype_of,
+        may_lack=weights.TEMPORAL if is_picture else (),
+    )
+    shapes = parameter_shapes(UNet3DConditionModel, unet.config)
+    key = jax.random.key(0) if key is None else key
+    return unet.with_params(weights.inflate(unet.params, shapes, key, dtype_of=dtype_of))
+
+
+def load_schedule(folder: Path) -> NoiseSchedule:
+    """Returns the noise schedule from a scheduler's folder, whichever scheduler it names."""
+    where = f"{folder}/{CONFIG_NAMES['scheduler']}"
+    return published_config.read_schedule(_read_config(folder, CONFIG_NAMES["scheduler"]), where)
+
+
+def save_unet(folder: str | Path, unet: Network[UNet3DConditionModel]) -> None:
+    """Writes a U-Net so that the published Tune-A-Video, and `load_unet`, can load it.
+
+    The folder holds `config.json` and `diffusion_pytorch_model.safetensors`, in the stored type.
+    """
+    folder = Path(folder)
+    weights.save_tensors(folder / f"{WEIGHT_STEMS['unet']}.safetensors", unet.params)
+    config = published_config.write_unet_config(unet.config)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def tokenize(model: Model, prompts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
+    """Returns token ids, padded to the text encoder's length (77 for CLIP).
+
+    A prompt that is longer is cut, with a warning that quotes what is lost.
+    """
+    length = model.text_encoder.config.max_position_embeddings
+    for ids in model.tokenizer(list(prompts), verbose=False).input_ids:
+        if len(ids) > length:
+            lost = model.tokenizer.decode(ids[length - 1 : -1])
+            warnings.warn(
+                f"prompt of {len(ids)} tokens, {length} are read; cut off: '{lost}'", stacklevel=2
+            )
+    padded = model.tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True
+    )
+    return np.asarray(padded.input_ids, np.int32)
+
+
+def find_folder(
+    pretrained_model_path: str | Path, *, revision: str | None = None, variant: str | None = None
+) -> Path:
+    """Returns the folder that a path names, or that a Hub id is cached in, downloading it once.
+
+    Of each network only the weight files that would be read are fetched.
+    """
+    folder = Path(pretrained_model_path).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    repo = str(pretrained_model_path)
+    try:
+        try:
+            names = HfApi().list_repo_files(repo, revision=revision)
+        except OSError:  # no network, or no such repository: what the cache has must do
+            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        wanted = [name for name in names if name.endswith(".json") or name[:10] == "tokenizer/"]
+        for part, stem in WEIGHT_STEMS.items():
+            inside = [
+                name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")
+            ]
+            chosen = weights.choose_weights(inside, stem, variant)
+            if chosen is not None:
+                wanted.append(f"{part}/{chosen}")
+            if chosen is not None and chosen.endswith(".json"):
+                index = hf_hub_download(repo, f"{part}/{chosen}", revision=revision)
+                wanted += [f"{part}/{name}" for name in weights.shard_names(Path(index))]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"pretrained_model_path: no folder '{repo}', nor such a model on the Hub: {reason}"
+        ) from None
+
+
+def _load_network(
+    module_class: type,
+    config: Any,
+    folder: Path,
+    part: str,
+    dtype: str,
+    variant: str | None,
+    *,
+    dtype_of: Callable[[str], str] | None = None,
+    may_lack: tuple[str, ...] = (),
+) -> Network:
+    config = replace(config, dtype=dtype)
+    params = weights.merge(
+        parameter_shapes(module_class, config),
+        weights.read_tensors(folder, WEIGHT_STEMS[part], variant),
+        dtype_of=dtype_of or (lambda name: dtype),
+        where=str(folder),
+        may_lack=may_lack,
+    )
+    return Network(module_class, config, params)
+
+
+def _read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    path = folder / name
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; is the download complete?") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None

@@ -1,0 +1,247 @@
+"""Tensors of a PyTorch checkpoint <-> parameters of a network, both ways.
+
+Three steps, each to be tested alone: rename, re-lay out, merge. PyTorch's layout appears here and
+nowhere else in the package.
+
+| checkpoint           | here                | layout                                             |
+|----------------------|---------------------|----------------------------------------------------|
+| `*.weight`, rank 4   | `*.kernel`          | out in kh kw -> kh kw in out                       |
+| `*.weight`, rank 2   | `*.kernel`          | out in -> in out                                   |
+| `token_embedding.weight`, `position_embedding.weight` | `*.embedding` | as it is        |
+| `*.weight`, rank 1   | `*.scale`           | as it is                                           |
+| `*.bias`             | `*.bias`            | as it is                                           |
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from jax import Array
+from safetensors.numpy import save_file
+
+from tav_jax.models.layers import fan_in_uniform
+from tav_jax.types import Params, PRNGKey
+
+# Names that the autoencoder's attention had before diffusers 0.17, v1-4's files among them.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+# Tensors that are no parameters, with the reason.
+IGNORED = {
+    "text_model.embeddings.position_ids": "the numbers 0 to 76, saved by transformers before 4.31",
+}
+
+TEMPORAL = ("attn_temp", "norm_temp")
+"""Modules that the 3D U-Net has and the image U-Net has not."""
+
+
+def parameter_name(name: str, rank: int) -> str:
+    """Returns the name here of a checkpoint's tensor."""
+    *path, leaf = name.split(".")
+    path = [OLD_NAMES.get(part, part) for part in path]
+    if leaf == "weight":
+        is_embedding = path[-1] in ("token_embedding", "position_embedding")
+        leaf = "embedding" if is_embedding else "scale" if rank == 1 else "kernel"
+    return ".".join([*path, leaf])
+
+
+def tensor_name(name: str) -> str:
+    """Returns the name in a checkpoint of a parameter here."""
+    *path, leaf = name.split(".")
+    return ".".join([*path, leaf if leaf == "bias" else "weight"])
+
+
+def to_parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
+    """Returns a checkpoint's tensor under its name and in its layout here (a view)."""
+    name = parameter_name(name, tensor.ndim)
+    if name.endswith(".kernel"):
+        tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+    return name, tensor
+
+
+def to_tensor(name: str, parameter: np.ndarray) -> tuple[str, np.ndarray]:
+    """Returns a parameter under its name and in its layout in a checkpoint."""
+    if name.endswith(".kernel"):
+        parameter = parameter.transpose(3, 2, 0, 1) if parameter.ndim == 4 else parameter.T
+    return tensor_name(name), np.ascontiguousarray(parameter)
+
+
+def merge(
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    dtype_of: Callable[[str], str] = lambda name: "float32",
+    where: str = "checkpoint",
+    may_lack: tuple[str, ...] = (),
+) -> Params:
+    """Returns a network's parameters from a checkpoint's tensors, each cast as it passes by.
+
+    Args:
+        shapes: What the network has, as `parameter_shapes` gives it.
+        dtype_of: The type in which a parameter of that name is stored.
+        where: What messages call the checkpoint.
+        may_lack: Modules whose parameters need not be there.
+
+    Raises:
+        ValueError: tensors are missing, left over or of other shapes; all are listed.
+    """
+    params: Params = {}
+    met = set()
+    problems = []
+    for published_name, tensor in tensors:
+        if published_name in IGNORED:
+            continue
+        name, value = to_parameter(published_name, tensor)
+        met.add(name)
+        if name not in shapes:
+            problems.append(f"  left over: {published_name} {list(tensor.shape)}")
+        elif value.shape != shapes[name].shape:
+            expected = _published_shape(name, shapes)
+            problems.append(
+                f"  wrong shape: {published_name} {list(tensor.shape)}, expected {expected}"
+            )
+        else:
+            params[name] = jnp.asarray(value.astype(dtype_of(name)))
+    for name in shapes:
+        if name not in met and not in_modules(name, may_lack):
+            problems.append(f"  missing: {tensor_name(name)} {_published_shape(name, shapes)}")
+    if problems:
+        raise ValueError(f"{where}: not the network of its config:\n" + "\n".join(sorted(problems)))
+    return params
+
+
+def in_modules(name: str, modules: Iterable[str]) -> bool:
+    """Tells whether a parameter lies in a module whose path ends in one of the given names."""
+    return any(f".{module}." in f".{name}" for module in modules)
+
+
+def _published_shape(name: str, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[int]:
+    return list(to_tensor(name, np.empty(shapes[name].shape, np.bool_))[1].shape)
+
+
+def inflate(
+    params: Params,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    key: PRNGKey,
+    *,
+    dtype_of: Callable[[str], str] = lambda name: "float32",
+) -> Params:
+    """Returns an image U-Net's parameters with fresh temporal ones added.
+
+    Wu et al. 2023, section 3.2. The temporal attention's output projection starts at zero, so
+    that the network starts as the image U-Net, frame by frame. The published code zeroes only
+    its weight; the random bias shifts every token from the first step, so ours is zero too.
+    """
+    missing = [name for name in shapes if name not in params]
+    fresh: Params = {}
+    for name, name_key in zip(missing, jax.random.split(key, max(1, len(missing))), strict=False):
+        if not in_modules(name, TEMPORAL):
+            raise ValueError(f"only temporal parameters can be made afresh, not {name}")
+        shape, dtype = shapes[name].shape, dtype_of(name)
+        if name.endswith(".scale"):
+            fresh[name] = jnp.ones(shape, dtype)
+        elif name.endswith(".bias") or ".to_out." in name:
+            fresh[name] = jnp.zeros(shape, dtype)
+        else:
+            fresh[name] = fan_in_uniform(name_key, shape).astype(dtype)
+    return params | fresh
+
+
+def read_tensors(
+    folder: Path, stem: str, variant: str | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields name and tensor from a network's weight files, one at a time.
+
+    Args:
+        folder: One network's folder, such as `stable-diffusion-v1-4/unet`.
+        stem: `diffusion_pytorch_model` for diffusers' networks, `model` for transformers'.
+        variant: Of the files' names, such as "fp16"; by default the plain ones, else fp16.
+
+    Raises:
+        FileNotFoundError: there are no weights, or shards that the index names are not there.
+        ValueError: a file is damaged, or is pickled and PyTorch is not installed.
+    """
+    chosen = choose_weights([path.name for path in folder.iterdir()], stem, variant)
+    if chosen is None:
+        raise FileNotFoundError(
+            f"{folder}: no {stem}{f'.{variant}' if variant else ''}.safetensors, nor shards or .bin"
+        )
+    for path in _shards(folder / chosen) if chosen.endswith(".json") else [folder / chosen]:
+        if path.suffix == ".bin":
+            yield from _read_pickled(path)
+            continue
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118, it is no dictionary
+                    yield name, file.get_tensor(name)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path}: damaged or cut off ({error}); download it again") from None
+
+
+def choose_weights(names: Iterable[str], stem: str, variant: str | None = None) -> str | None:
+    """Returns which file of a network's folder has its weights, or the index of their shards.
+
+    `.safetensors` before PyTorch's pickled `.bin`, plain before fp16, whole before sharded.
+    """
+    names = set(names)
+    pickled_stem = "pytorch_model" if stem == "model" else stem
+    for base, suffix in ((stem, ".safetensors"), (pickled_stem, ".bin")):
+        for tag in [f".{variant}"] if variant else ["", ".fp16"]:
+            # diffusers writes an index's variant before `.json`, other tools before the suffix.
+            for name in (
+                f"{base}{tag}{suffix}",
+                f"{base}{suffix}.index{tag}.json",
+                f"{base}{tag}{suffix}.index.json",
+            ):
+                if name in names:
+                    return name
+    return None
+
+
+def shard_names(index: Path) -> list[str]:
+    """Returns the names of the files that an index distributes the tensors over."""
+    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+
+
+def _shards(index: Path) -> list[Path]:
+    paths = [index.parent / name for name in shard_names(index)]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{index} names shards that are not there: {', '.join(missing)}; download them"
+        )
+    return paths
+
+
+def _read_pickled(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            f"{path}: a pickled checkpoint, which only PyTorch opens; "
+            "`pip install 'tav_jax[interop]'`, or put the model's .safetensors beside it"
+        ) from None
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not a file of plain tensors ({reason})") from None
+    for name, tensor in tensors.items():
+        # NumPy has no bfloat16 that PyTorch knows of, and float32 holds every one of them.
+        yield name, (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def save_tensors(path: Path, params: Mapping[str, Array]) -> None:
+    """Writes parameters as a `.safetensors` file of the published layout, whole or not at all."""
+    tensors = dict(to_tensor(name, np.asarray(value)) for name, value in params.items())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        whole = Path(folder) / path.name
+        # The published code's loader asks for this mark.
+        save_file(tensors, whole, metadata={"format": "pt"})
+        os.replace(whole, path)

@@ -1,0 +1,289 @@
+"""Runs every case of a set of reference numbers, and says how far from them we are.
+
+    python tests/golden.py tests/golden
+
+A set is a folder of the form that `tests/golden/README.md` describes: numbers written by the
+published PyTorch code. Exit status 1 if any case is over its tolerance.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from safetensors.numpy import load_file
+
+import tav_jax as tav
+from tav_jax import stable_diffusion, weights
+from tav_jax.models.network import Network
+from tav_jax.models.unet import UNet3DConditionModel
+from tav_jax.partition import label_params, make_optimizer
+from tav_jax.schedule import add_noise, ddim_timesteps, velocity
+from tav_jax.training import Draw, apply_gradients, init_state, loss_and_gradients
+
+EXACT = 0.0
+SINGLE = 1e-5  # relative: one pass through one network, in float32
+TRAJECTORY = 1e-4  # relative: many passes, each starting from the rounding of the last
+ADAM_ELEMENTS = 0.99  # share of trained elements held to ADAM_STEP; Adam magnifies rounding
+ADAM_STEP = 0.02  # in units of learning rate x steps, the farthest an element can go
+
+
+class Row(NamedTuple):
+    """One comparison. `measured` is what is held against `tolerance`, named by `measure`."""
+
+    name: str
+    max_abs: float
+    max_rel: float
+    measured: float
+    tolerance: float
+    measure: str = "norm"
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.measured <= self.tolerance)  # false for NaN
+
+
+def compare(name: str, ours, reference, tolerance: float) -> Row:
+    """Compares by the norm of the difference over the norm of the reference."""
+    ours, reference = (np.asarray(x, np.float64) for x in (ours, reference))
+    if ours.shape != reference.shape:
+        raise ValueError(f"{name}: shape {ours.shape}, the reference has {reference.shape}")
+    difference = np.abs(ours - reference)
+    scale = np.linalg.norm(reference) or 1.0
+    largest = difference.max() / (np.abs(reference).max() or 1.0)
+    return Row(name, difference.max(), largest, np.linalg.norm(ours - reference) / scale, tolerance)
+
+
+def channels_last(x: np.ndarray) -> np.ndarray:
+    """Returns PyTorch's video `... c f h w` as ours, `... f h w c`."""
+    return np.moveaxis(x, -4, -1)
+
+
+def channels_first(x) -> np.ndarray:
+    return np.moveaxis(np.asarray(x), -1, -4)
+
+
+def pictures_last(x: np.ndarray) -> np.ndarray:
+    """Returns PyTorch's pictures `b c h w` as clips of one frame, `b 1 h w c`."""
+    return np.moveaxis(x, 1, -1)[:, None]
+
+
+def pictures_first(x) -> np.ndarray:
+    return np.moveaxis(np.asarray(x)[:, 0], -1, 1)
+
+
+class GoldenSet:
+    """One folder of reference cases, its models loaded when first asked for."""
+
+    def __init__(self, folder: Path, attention_scope: str = "sparse_causal"):
+        self.folder = folder
+        self.tensors = load_file(folder / "cases.safetensors")
+        self.settings = json.loads((folder / "cases.json").read_text())
+        self.base = stable_diffusion.load_model(folder / "base")
+        self.tuned = self.base.with_unet(stable_diffusion.load_unet(folder / "tuned" / "unet"))
+
+    def case(self, name: str) -> dict[str, np.ndarray]:
+        start = f"{name}."
+        return {k[len(start) :]: v for k, v in self.tensors.items() if k.startswith(start)}
+
+    def inflated(self, zero_temporal_output: bool = False) -> Network[UNet3DConditionModel]:
+        """Returns the base U-Net with the temporal tensors that the set gives."""
+        init = dict(weights.to_parameter(*item) for item in self.case("init").items())
+        if zero_temporal_output:
+            init = {k: v * (".to_out." not in k) for k, v in init.items()}
+        unet = self.base.unet
+        return unet.with_params(unet.params | {k: jnp.asarray(v) for k, v in init.items()})
+
+
+call = jax.jit(lambda network, *inputs: network(*inputs))
+invert = jax.jit(tav.ddim_invert, static_argnames=("num_inv_steps", "trajectory"))
+sample = jax.jit(tav.ddim_sample, static_argnames=("num_inference_steps", "trajectory"))
+
+
+def text(golden: GoldenSet) -> Iterator[Row]:
+    case, model = golden.case("text"), golden.base
+    prompts = golden.settings["text.prompts"]
+    ids = stable_diffusion.tokenize(model, prompts)
+    yield compare("text.input_ids", ids, case["input_ids"], EXACT)
+    states = call(model.text_encoder, case["input_ids"])
+    yield compare("text.last_hidden_state", states, case["last_hidden_state"], SINGLE)
+
+
+def vae(golden: GoldenSet) -> Iterator[Row]:
+    case, network = golden.case("vae"), golden.base.vae
+    moments = jax.jit(lambda vae, x: vae.bind().encode(x))(network, pictures_last(case["pixels"]))
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    yield compare("vae.mean", pictures_first(mean), case["mean"], SINGLE)
+    yield compare("vae.logvar", pictures_first(logvar), case["logvar"], SINGLE)
+    latents = pictures_last(case["latents"]) * network.config.scaling_factor
+    decoded = jax.jit(lambda vae, z: vae.bind().decode(z))(network, latents)
+    yield compare("vae.decoded", pictures_first(decoded), case["decoded"], SINGLE)
+
+
+def unet2d(golden: GoldenSet) -> Iterator[Row]:
+    case = golden.case("unet2d")
+    unet = golden.inflated(zero_temporal_output=True)
+    out = call(unet, pictures_last(case["sample"]), case["timesteps"], case["context"])
+    yield compare("unet2d", pictures_first(out), case["out"], SINGLE)
+
+
+def unet3d(golden: GoldenSet, name: str) -> Iterator[Row]:
+    case = golden.case(name)
+    unet = golden.inflated() if name.startswith("unet3d_inflated") else golden.tuned.unet
+    out = call(unet, channels_last(case["sample"]), case["timesteps"], case["context"])
+    yield compare(name, channels_first(out), case["out"], SINGLE)
+
+
+def schedule(golden: GoldenSet) -> Iterator[Row]:
+    case, ours = golden.case("schedule"), golden.base.schedule
+    yield compare("schedule.alphas_cumprod", ours.alphas_cumprod, case["alphas_cumprod"], SINGLE)
+    inputs = channels_last(case["x0"]), channels_last(case["noise"]), case["timesteps"]
+    for name, function in (("add_noise", add_noise), ("velocity", velocity)):
+        out = channels_first(function(ours, *inputs))
+        yield compare(f"schedule.{name}", out, case[name], SINGLE)
+    for name in sorted(name for name in case if name.startswith("ddim_timesteps.")):
+        steps = ddim_timesteps(ours, int(name.split(".")[1]))
+        yield compare(f"schedule.{name}", steps, case[name], EXACT)
+
+
+def sampling(golden: GoldenSet) -> Iterator[Row]:
+    case, model = golden.case("sample"), golden.tuned
+    settings = {k.removeprefix("sample."): v for k, v in golden.settings.items()}
+    context = tav.encode_prompts(model, [settings["prompt"]])
+    negative_context = tav.encode_prompts(model, [settings["negative_prompt"] or ""])
+    trajectory = sample(
+        model.unet,
+        model.schedule,
+        channels_last(case["latents"]),
+        context,
+        negative_context,
+        settings["guidance_scale"],
+        num_inference_steps=settings["steps"],
+        trajectory=True,
+    )
+    yield compare("sample.trajectory", channels_first(trajectory), case["trajectory"], TRAJECTORY)
+    video = tav.decode_latents(model, trajectory[-1]) / 2 + 0.5
+    yield compare("sample.video", channels_first(video.clip(0, 1)), case["video"], TRAJECTORY)
+
+
+def inversion(golden: GoldenSet) -> Iterator[Row]:
+    case, model = golden.case("invert"), golden.tuned
+    trajectory = invert(
+        model.unet,
+        model.schedule,
+        channels_last(case["latents"]),
+        tav.encode_prompts(model, [""]),
+        num_inv_steps=golden.settings["invert.steps"],
+        trajectory=True,
+    )
+    yield compare("invert.trajectory", channels_first(trajectory), case["trajectory"], TRAJECTORY)
+
+
+def tune(golden: GoldenSet) -> Iterator[Row]:
+    case = golden.case("tune")
+    settings = {k.removeprefix("tune."): v for k, v in golden.settings.items()}
+    unet = golden.inflated()
+    labels = label_params(unet.params, tav.TRAINABLE_MODULES)
+    trained = [name for name, label in labels.items() if label == "train"]
+    count = sum(unet.params[name].size for name in trained)
+    yield compare("tune.trainable_count", count, settings["trainable_count"], EXACT)
+    names = sorted(weights.tensor_name(name) for name in trained)
+    differing = len(set(names) ^ set(settings["trainable_names"]))
+    yield Row("tune.trainable_names", differing, differing, differing, EXACT, "names")
+
+    beta1, beta2 = settings["betas"]
+    optimizer = make_optimizer(
+        labels,
+        settings["lr"],
+        adam_beta1=beta1,
+        adam_beta2=beta2,
+        adam_epsilon=settings["eps"],
+        adam_weight_decay=settings["weight_decay"],
+        max_grad_norm=settings["max_grad_norm"],
+    )
+
+    @jax.jit
+    def step(state, draw):
+        loss, gradients = loss_and_gradients(
+            state.unet, labels, golden.base.schedule, draw, case["context"]
+        )
+        return apply_gradients(state, gradients, optimizer), loss, gradients
+
+    state = init_state(unet, optimizer, jax.random.key(0))
+    latents = channels_last(case["x0"])
+    losses, norms = [], []
+    for index in range(settings["steps"]):
+        draw = Draw(latents, channels_last(case["noise"][index]), case["timesteps"][index])
+        state, loss, gradients = step(state, draw)
+        losses.append(loss)
+        norms.append(optax.global_norm(gradients))
+        if index == 0:
+            first = gradients
+    yield compare("tune.loss", losses, case["loss"], SINGLE)
+    yield compare("tune.grad_norm", norms, case["grad_norm"], TRAJECTORY)
+
+    def flat(tensors: dict[str, np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.ravel(tensors[name]) for name in names])
+
+    ours = dict(weights.to_tensor(*item) for item in first.items())
+    yield compare("tune.grad0", flat(ours), flat(golden.case("tune.grad0")), TRAJECTORY)
+    final = flat(dict(weights.to_tensor(name, state.unet.params[name]) for name in trained))
+    reference = flat(golden.case("tune.final"))
+    difference = np.abs(final - reference)
+    reach = settings["lr"] * settings["steps"]
+    yield Row(
+        "tune.final",
+        difference.max(),
+        difference.max() / np.abs(reference).max(),
+        float(np.quantile(difference, ADAM_ELEMENTS)) / reach,
+        ADAM_STEP,
+        "p99/lr/steps",
+    )
+
+
+def cases(golden: GoldenSet) -> dict[str, Callable[[GoldenSet], Iterator[Row]]]:
+    """Returns the cases that a set has, by name."""
+    fixed = {
+        "text": text,
+        "vae": vae,
+        "unet2d": unet2d,
+        "schedule": schedule,
+        "sample": sampling,
+        "invert": inversion,
+        "tune": tune,
+    }
+    outs = (name.removesuffix(".out") for name in golden.tensors if name.endswith(".out"))
+    videos = sorted(name for name in outs if name.startswith("unet3d"))
+    found = {name: function for name, function in fixed.items() if golden.case(name)}
+    return found | {name: partial(unet3d, name=name) for name in videos}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Compare every reference case of a set with what tav_jax computes.",
+        epilog="example: python tests/golden.py tests/golden",
+    )
+    parser.add_argument("folder", type=Path, help="a set of the form of tests/golden/README.md")
+    golden = GoldenSet(parser.parse_args().folder)
+    print(f"{'case':32} {'max abs':>9} {'max rel':>9} {'measured':>9} {'allowed':>9}  measure")
+    failed = 0
+    for run in cases(golden).values():
+        for row in run(golden):
+            failed += not row.passed
+            print(
+                f"{row.name:32} {row.max_abs:9.1e} {row.max_rel:9.1e} {row.measured:9.1e} "
+                f"{row.tolerance:9.1e}  {row.measure:12} {'ok' if row.passed else 'OVER'}"
+            )
+    print(f"{failed} over" if failed else "all within tolerance")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
