@@ -6,6 +6,7 @@ the program.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from tav_jax.schedule import (
 )
 from tav_jax.types import Context, Denoiser, Latents, Scalar
 
-OnStep = Callable[[Int[Array, ""]], None]
+OnStep = Callable[[Any], None]  # called with the number of steps done, an integer
 
 
 def ddim_sample(

@@ -1,12 +1,13 @@
 """The tuning step: noise the clip, predict the noise, move what trains."""
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jaxtyping import Int
+from jaxtyping import Int, UInt32
 
 from tav_jax.models.network import Network
 from tav_jax.models.unet import UNet3DConditionModel
@@ -14,6 +15,7 @@ from tav_jax.models.vae import sample_posterior
 from tav_jax.partition import Label, select
 from tav_jax.schedule import NoiseSchedule, add_noise, training_target
 from tav_jax.types import Context, Denoiser, Latents, Moments, Params, PRNGKey, Scalar, Timesteps
+from tav_jax.weights import in_modules
 
 
 class TrainState(NamedTuple):
@@ -93,11 +95,15 @@ def loss_and_gradients(
 def apply_gradients(
     state: TrainState, gradients: Params, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Returns the state one update on; parameters without a gradient stay as they are."""
+    """Returns the state one update on, given the gradients of all that trains.
+
+    The other leaves are handed on untouched, as the very same buffers.
+    """
     params = state.unet.params
     every = {name: gradients.get(name, jnp.zeros_like(value)) for name, value in params.items()}
     updates, opt_state = optimizer.update(every, state.opt_state, params)
-    unet = state.unet.with_params(optax.apply_updates(params, updates))
+    moved = {name: optax.apply_updates(params[name], updates[name]) for name in gradients}
+    unet = state.unet.with_params(params | moved)
     return state._replace(unet=unet, opt_state=opt_state, step=state.step + 1)
 
 
@@ -134,3 +140,48 @@ def train_step(
     loss, gradients = jax.tree.map(lambda x: x / gradient_accumulation_steps, total)
     metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
     return apply_gradients(state, gradients, optimizer), metrics
+
+
+class NotLearningError(RuntimeError):
+    """A run whose parameters do not move as they should."""
+
+
+def fingerprints(params: Params) -> dict[str, UInt32[Array, ""]]:
+    """Returns a number per parameter that changes when any bit of the parameter does.
+
+    A sum of the bit patterns, each times its own odd number, modulo 2^32.
+    """
+
+    def fingerprint(value: Array) -> Array:
+        bits = jax.lax.bitcast_convert_type(value, f"uint{8 * value.dtype.itemsize}")
+        odd = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+        return jnp.sum(bits.ravel().astype(jnp.uint32) * odd, dtype=jnp.uint32)
+
+    return {name: fingerprint(value) for name, value in params.items()}
+
+
+def check_movement(
+    before: Mapping[str, Array],
+    after: Mapping[str, Array],
+    labels: dict[str, Label],
+    trainable_modules: Sequence[str],
+) -> None:
+    """Raises unless every trained group has moved and no frozen parameter has.
+
+    Args:
+        before, after: Fingerprints of the U-Net's parameters, some updates apart.
+        trainable_modules: Each of them is a group.
+
+    Raises:
+        NotLearningError: what stayed, or what moved, by name.
+    """
+    moved = {name for name in before if int(before[name]) != int(after[name])}
+    still = [m for m in trainable_modules if not any(in_modules(name, [m]) for name in moved)]
+    drifted = sorted(name for name in moved if labels[name] == "freeze")
+    if still:
+        raise NotLearningError(
+            f"nothing has moved in {', '.join(still)}: this run learns nothing there; "
+            "look at learning_rate, lr_warmup_steps and grad_norm in metrics.jsonl"
+        )
+    if drifted:
+        raise NotLearningError(f"frozen parameters have changed: {', '.join(drifted)}")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,10 +58,12 @@ def compare(name: str, ours, reference, tolerance: float) -> Row:
     difference = np.abs(ours - reference)
     scale = np.linalg.norm(reference) or 1.0
     largest = difference.max() / (np.abs(reference).max() or 1.0)
-    return Row(name, difference.max(), largest, np.linalg.norm(ours - reference) / scale, tolerance)
+    return Row(
+        name, difference.max(), largest, float(np.linalg.norm(ours - reference) / scale), tolerance
+    )
 
 
-def channels_last(x: np.ndarray) -> np.ndarray:
+def channels_last(x: np.ndarray) -> Any:
     """Returns PyTorch's video `... c f h w` as ours, `... f h w c`."""
     return np.moveaxis(x, -4, -1)
 
@@ -89,7 +91,7 @@ class GoldenSet:
         self.base = stable_diffusion.load_model(folder / "base")
         self.tuned = self.base.with_unet(stable_diffusion.load_unet(folder / "tuned" / "unet"))
 
-    def case(self, name: str) -> dict[str, np.ndarray]:
+    def case(self, name: str) -> dict[str, Any]:
         start = f"{name}."
         return {k[len(start) :]: v for k, v in self.tensors.items() if k.startswith(start)}
 
@@ -234,7 +236,9 @@ def tune(golden: GoldenSet) -> Iterator[Row]:
 
     ours = dict(weights.to_tensor(*item) for item in first.items())
     yield compare("tune.grad0", flat(ours), flat(golden.case("tune.grad0")), TRAJECTORY)
-    final = flat(dict(weights.to_tensor(name, state.unet.params[name]) for name in trained))
+    final = flat(
+        dict(weights.to_tensor(name, np.asarray(state.unet.params[name])) for name in trained)
+    )
     reference = flat(golden.case("tune.final"))
     difference = np.abs(final - reference)
     reach = settings["lr"] * settings["steps"]
@@ -250,7 +254,7 @@ def tune(golden: GoldenSet) -> Iterator[Row]:
 
 def cases(golden: GoldenSet) -> dict[str, Callable[[GoldenSet], Iterator[Row]]]:
     """Returns the cases that a set has, by name."""
-    fixed = {
+    fixed: dict[str, Callable[[GoldenSet], Iterator[Row]]] = {
         "text": text,
         "vae": vae,
         "unet2d": unet2d,

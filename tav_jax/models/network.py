@@ -67,7 +67,7 @@ def _definition(module_class: type, config: Any) -> tuple[nnx.GraphDef, dict]:
     return graphdef, _flat(state)
 
 
-def _flat(state: nnx.State) -> dict:
+def _flat(state: Any) -> dict[str, Any]:
     leaves = nnx.to_flat_state(nnx.pure(state))
     return {".".join(map(str, path)): leaf for path, leaf in leaves}
 

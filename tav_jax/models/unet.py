@@ -260,7 +260,7 @@ class UNet3DConditionModel(nnx.Module):
                 if block.attentions:
                     x = run(block.attentions[index], x, context)
             for upsampler in block.upsamplers:
-                x = upsampler(x, skips[-1].shape[2:4])
+                x = upsampler(x, (skips[-1].shape[2], skips[-1].shape[3]))
 
         x = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
         return x.astype(jnp.float32)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812, as PyTorch users write it
 from einops import rearrange, repeat
 from torch import Tensor, nn
 

@@ -1,0 +1,96 @@
+"""Checkpoints of a run, by Orbax: what trains, the optimiser's state, the step and the key.
+
+`checkpoints/<step>/` has two items: `trained`, which sampling needs, and `progress`, which only
+resuming needs. Frozen parameters are in neither. Orbax writes under a temporary name and renames,
+so that a step is there whole or not at all.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from tav_jax.training import TrainState
+from tav_jax.types import Params
+
+
+def save_checkpoint(folder: Path, state: TrainState, trained_names: Iterable[str]) -> None:
+    """Writes `folder/<step>` and waits until it is there; one that is there already stays."""
+    step = int(state.step)
+    with _manager(folder) as manager:
+        if step not in manager.all_steps():
+            trained = {name: state.unet.params[name] for name in trained_names}
+            items = ocp.args.Composite(
+                trained=ocp.args.StandardSave(trained),
+                progress=ocp.args.StandardSave(_progress(state)),
+            )
+            manager.save(step, args=items)
+
+
+def latest_step(folder: Path) -> int | None:
+    """Returns the newest step that has a whole checkpoint, or None."""
+    if not folder.is_dir():
+        return None
+    with _manager(folder) as manager:
+        return manager.latest_step()
+
+
+def restore_state(path: Path, state: TrainState, trained_names: Iterable[str]) -> TrainState:
+    """Returns the state that a checkpoint folder `.../<step>` holds, around frozen leaves of ours.
+
+    Args:
+        state: Of the same network and optimiser; gives the frozen parameters and all shapes.
+
+    Raises:
+        ValueError: it holds no checkpoint, or one of another network or optimiser.
+    """
+    trained = restore_trained(path, {name: state.unet.params[name] for name in trained_names})
+    progress = _restore(path, "progress", _progress(state))
+    return TrainState(
+        state.unet.with_params(state.unet.params | trained),
+        progress["opt_state"],
+        progress["step"],
+        jax.random.wrap_key_data(progress["key"]),
+    )
+
+
+def restore_trained(path: Path, like: Params) -> Params:
+    """Returns the trained parameters of a checkpoint folder; raises as `restore_state` does.
+
+    Args:
+        like: Parameters with the names, shapes and types that are expected.
+    """
+    return _restore(path, "trained", like)
+
+
+def _progress(state: TrainState) -> dict[str, Any]:
+    return {
+        "opt_state": state.opt_state,
+        "step": state.step,
+        "key": jax.random.key_data(state.key),
+    }
+
+
+def _restore(path: Path, item: str, like: Any) -> Any:
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    if not (path / item).is_dir():
+        raise ValueError(f"{path}: no checkpoint of ours; expected a folder checkpoints/<step>")
+    try:
+        with _manager(path.parent) as manager:
+            args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
+            restored = manager.restore(int(path.name), args=args)[item]
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{path}: not a checkpoint of this network and optimiser: {reason}"
+        ) from None
+    # A copy of our own: Orbax's buffers may be shared, and the train step donates its state.
+    return jax.tree.map(jnp.copy, restored)
+
+
+def _manager(folder: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    return ocp.CheckpointManager(folder.absolute(), options=options)

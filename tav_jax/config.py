@@ -1,0 +1,256 @@
+"""A run's settings: frozen dataclasses <-> YAML, with the keys of the original release."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.dataclasses import dataclass
+
+from tav_jax.models.attention import AttentionScope
+from tav_jax.partition import TRAINABLE_MODULES, LRScheduler
+
+SIZE_FACTOR = 8  # sides must be multiples of it, as the published pipeline demands
+
+# Keys of the original release that have nothing to do here, with the reason.
+MEANINGLESS_KEYS = {
+    "use_8bit_adam": "Adam's moments are kept in float32, for the trained leaves alone",
+    "enable_xformers_memory_efficient_attention": "attention is compiled by XLA",
+}
+
+_strict = ConfigDict(extra="forbid")
+Size = Annotated[int, Field(gt=0, multiple_of=SIZE_FACTOR)]
+# YAML 1.1 reads an unquoted `no` as false.
+Precision = Annotated[
+    Literal["no", "bf16", "fp16"],
+    BeforeValidator(lambda value: "no" if value in (False, None) else value),
+]
+
+
+@dataclass(frozen=True, config=_strict)
+class TrainData:
+    """The clip and its caption.
+
+    Args:
+        video_path: A video file, or a folder of images.
+        sampling: "rate": every `sample_frame_rate`-th frame from `sample_start_idx`;
+            "uniform": evenly from there to the clip's end.
+        fit: "stretch" to width x height, as the original does, or "crop" the centre.
+    """
+
+    video_path: str
+    prompt: str
+    n_sample_frames: PositiveInt = 8
+    width: Size = 512
+    height: Size = 512
+    sample_start_idx: NonNegativeInt = 0
+    sample_frame_rate: PositiveInt = 1
+    sampling: Literal["rate", "uniform"] = "rate"
+    fit: Literal["stretch", "crop"] = "stretch"
+
+
+@dataclass(frozen=True, config=_strict)
+class ValidationData:
+    """What is sampled every `validation_steps`, and by default from the finished run.
+
+    Args:
+        video_length: Frames, as `width` and `height` by default those of the training clip, and
+            necessarily so with `use_inv_latent`.
+        use_inv_latent: Start from the inverted clip; otherwise from noise drawn from the seed.
+        fps: Of the written videos, frames a second.
+    """
+
+    prompts: tuple[str, ...] = ()
+    negative_prompt: str = ""
+    video_length: PositiveInt | None = None
+    width: Size | None = None
+    height: Size | None = None
+    num_inference_steps: Annotated[int, Field(gt=0, lt=1000)] = 50
+    guidance_scale: NonNegativeFloat = 12.5
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    use_inv_latent: bool = True
+    num_inv_steps: Annotated[int, Field(gt=0, lt=1000)] = 50
+    video_format: Literal["mp4", "gif"] = "mp4"
+    fps: PositiveFloat = 8.0
+
+
+@dataclass(frozen=True, config=_strict)
+class TuneConfig:
+    """One tuning run, with the original's names and defaults.
+
+    Args:
+        train_batch_size: Draws of noise and timestep in a step's batch. (The original's loader
+            holds one clip, so that a number above 1 had no effect there.)
+        max_train_steps: Updates; an update has `gradient_accumulation_steps` batches.
+        validation_steps, checkpointing_steps: Updates between; the last update always counts.
+        resume_from_checkpoint: A `checkpoints/<step>` folder of another run to start from. The
+            same command run again goes on from its own latest one without being told.
+        mixed_precision: "bf16" computes, and stores frozen leaves, in bfloat16; "fp16" means the
+            same here, since JAX's devices have bfloat16, which needs no loss scaling.
+        attention_scope: What a frame's self-attention looks at.
+        revision, variant: Of a model on the Hub, of its weight files.
+    """
+
+    pretrained_model_path: str
+    output_dir: str
+    train_data: TrainData
+    validation_data: ValidationData = Field(default_factory=ValidationData)
+    validation_steps: PositiveInt = 100
+    trainable_modules: tuple[str, ...] = TRAINABLE_MODULES
+    train_batch_size: PositiveInt = 1
+    max_train_steps: PositiveInt = 500
+    learning_rate: NonNegativeFloat = 3e-5
+    scale_lr: bool = False
+    lr_scheduler: LRScheduler = "constant"
+    lr_warmup_steps: NonNegativeInt = 0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_weight_decay: NonNegativeFloat = 1e-2
+    adam_epsilon: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat = 1.0
+    gradient_accumulation_steps: PositiveInt = 1
+    gradient_checkpointing: bool = True
+    checkpointing_steps: PositiveInt = 500
+    resume_from_checkpoint: str | None = None
+    mixed_precision: Precision = "no"
+    seed: NonNegativeInt = 0
+    attention_scope: AttentionScope = "sparse_causal"
+    revision: str | None = None
+    variant: str | None = None
+
+    def __post_init__(self) -> None:
+        train, validation = self.train_data, self.validation_data
+        clip = {
+            "video_length": train.n_sample_frames,
+            "width": train.width,
+            "height": train.height,
+        }
+        differing = [
+            f"{name} {getattr(validation, name)} is not {value}"
+            for name, value in clip.items()
+            if getattr(validation, name) not in (None, value)
+        ]
+        if validation.use_inv_latent and differing:
+            raise ValueError(
+                f"validation_data: {', '.join(differing)} of train_data; the inverted clip has its "
+                "own size, so set them alike or use_inv_latent: false"
+            )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TuneConfig, list[str]]:
+    """Returns a run's settings from a YAML file, and notes about keys that do nothing here.
+
+    Args:
+        overrides: `key=value` with dots for nested keys: `train_data.n_sample_frames=4`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, or keys or values are wrong; all are listed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--config: no such file {path}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected keys and values, as in configs/man-skiing.yaml")
+    for override in overrides:
+        _set(tree, override)
+    notes = [
+        f"{key}: has no effect here: {reason}"
+        for key, reason in MEANINGLESS_KEYS.items()
+        if tree.pop(key, False)
+    ]
+    config = parse_config(tree, str(path))
+    if config.mixed_precision == "fp16":
+        notes.append("mixed_precision: fp16 is computed as bf16, which needs no loss scaling")
+    return config, notes
+
+
+def parse_config(tree: dict[str, Any], where: str = "config") -> TuneConfig:
+    """Returns settings from nested dictionaries; raises as `load_config` does."""
+    try:
+        return TypeAdapter(TuneConfig).validate_python(tree)
+    except ValidationError as error:
+        lines = [f"  {_explain(problem)}" for problem in error.errors()]
+        raise ValueError(f"{where}:\n" + "\n".join(sorted(lines))) from None
+
+
+def dump_config(config: TuneConfig) -> str:
+    """Returns the YAML that `load_config` reads back to the same settings."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def differences(ours: TuneConfig, theirs: TuneConfig) -> list[str]:
+    """Returns the keys in which two runs differ, with both values."""
+    mine, other = _flatten(asdict(ours)), _flatten(asdict(theirs))
+    return [
+        f"{key}: {other[key]!r} there, {value!r} here"
+        for key, value in mine.items()
+        if value != other[key]
+    ]
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"'{override}': expected key=value, as in max_train_steps=300")
+    *path, leaf = key.split(".")
+    for part in path:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"'{override}': '{part}' holds a value, not keys")
+    tree[leaf] = yaml.safe_load(value)
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "unexpected_keyword_argument":
+        known = _known_keys()
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {known[near[0]]}?" if near else "configs/ shows the keys there are"
+        return f"{key}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{key}: missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (got {problem['input']!r})" if key else message
+
+
+def _known_keys() -> dict[str, str]:
+    """Returns every key by its last name, with its full path."""
+    nested = {"train_data": TrainData, "validation_data": ValidationData}
+    keys = {
+        field.name: f"{owner}.{field.name}"
+        for owner, section in nested.items()
+        for field in fields(section)
+    }
+    return keys | {field.name: field.name for field in fields(TuneConfig)}
+
+
+def _flatten(tree: dict[str, Any], start: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{start}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value

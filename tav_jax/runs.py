@@ -1,0 +1,158 @@
+"""The folder of a run: what is where, what it was made with, and how it is written safely."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from tav_jax.checkpointing import latest_step, restore_trained
+from tav_jax.config import TuneConfig, differences, dump_config, load_config
+from tav_jax.partition import label_params, select
+from tav_jax.pipeline import clean_latents, encode_frames, invert_latents
+from tav_jax.stable_diffusion import Model, load_model
+from tav_jax.types import Latents
+from tav_jax.video import read_frames
+
+
+class RunFolder:
+    """Paths of a run. Nothing is created by naming it."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.config = self.folder / "config.yaml"
+        self.metrics = self.folder / "metrics.jsonl"
+        self.checkpoints = self.folder / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / str(step)
+
+    def inverted(self, step: int) -> Path:
+        return self.folder / "inv_latents" / f"ddim_latent-{step}.npy"
+
+    def samples(self, step: int) -> Path:
+        return self.folder / "samples" / f"sample-{step}"
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, and puts it in the place of `path` once that has succeeded."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def claim_folder(config: TuneConfig) -> RunFolder:
+    """Returns the folder of a run, new or to be resumed, having created nothing yet.
+
+    Raises:
+        ValueError: the folder belongs to something else; says what differs.
+    """
+    run = RunFolder(config.output_dir)
+    if run.config.is_file():
+        theirs, _ = load_config(run.config)
+        differing = differences(config, theirs)
+        if differing:
+            raise ValueError(
+                f"output_dir: {run.folder} is a run of other settings; name another output_dir, "
+                "or remove that one:\n" + "\n".join(f"  {line}" for line in differing)
+            )
+    elif run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
+        raise ValueError(
+            f"output_dir: {run.folder} exists and is no run of tav_jax.tune; name another"
+        )
+    return run
+
+
+def record_config(run: RunFolder, config: TuneConfig) -> None:
+    """Creates the run's folder, with its settings complete."""
+    with written_whole(run.config) as path:
+        path.write_text(dump_config(config))
+
+
+def open_run(folder: str | Path, step: int | None = None) -> tuple[RunFolder, TuneConfig, int]:
+    """Returns a finished or interrupted run, its settings, and the checkpoint to sample from.
+
+    Args:
+        step: The newest checkpoint by default.
+
+    Raises:
+        FileNotFoundError: it is no run's folder, or has no such checkpoint.
+    """
+    run = RunFolder(folder)
+    if not run.config.is_file():
+        raise FileNotFoundError(f"--run: {folder} is not a run of tav_jax.tune: no config.yaml")
+    config, _ = load_config(run.config)
+    latest = latest_step(run.checkpoints)
+    if latest is None:
+        raise FileNotFoundError(f"--run: {folder} has no checkpoint yet; run tav_jax.tune first")
+    step = latest if step is None else step
+    if not run.checkpoint(step).is_dir():
+        raise FileNotFoundError(
+            f"--step: {folder} has no checkpoint {step}; the newest is {latest}"
+        )
+    return run, config, step
+
+
+def load_base(config: TuneConfig) -> Model:
+    """Returns the model that a run starts from, its trained leaves in float32."""
+    return load_model(
+        config.pretrained_model_path,
+        dtype="float32" if config.mixed_precision == "no" else "bfloat16",
+        float32_modules=config.trainable_modules,
+        attention_scope=config.attention_scope,
+        gradient_checkpointing=config.gradient_checkpointing,
+        key=jax.random.key(config.seed),
+        revision=config.revision,
+        variant=config.variant,
+    )
+
+
+def load_tuned(run: RunFolder, config: TuneConfig, step: int) -> Model:
+    """Returns the model that a run had at a checkpoint."""
+    model = load_base(config)
+    params = model.unet.params
+    labels = label_params(params, config.trainable_modules)
+    trained = restore_trained(run.checkpoint(step), select(params, labels, "train"))
+    return model.with_unet(model.unet.with_params(params | trained))
+
+
+def read_clip(config: TuneConfig) -> UInt8[np.ndarray, "f H W 3"]:
+    """Returns the frames that a run tunes on; raises as `read_frames` does."""
+    data = config.train_data
+    return read_frames(
+        data.video_path,
+        n_sample_frames=data.n_sample_frames,
+        width=data.width,
+        height=data.height,
+        sample_start_idx=data.sample_start_idx,
+        sample_frame_rate=data.sample_frame_rate,
+        sampling=data.sampling,
+        fit=data.fit,
+    )
+
+
+def inverted_clip(
+    run: RunFolder, config: TuneConfig, model: Model, step: int, num_inv_steps: int
+) -> Latents:
+    """Returns the clip's noise under the model of a checkpoint, from disk if it is there.
+
+    Only the run's own `num_inv_steps` is kept on disk.
+    """
+    kept = num_inv_steps == config.validation_data.num_inv_steps
+    if kept and run.inverted(step).is_file():
+        return jnp.asarray(np.load(run.inverted(step)))
+    latents = clean_latents(model, encode_frames(model, read_clip(config)))
+    noise = invert_latents(model, latents, num_inv_steps=num_inv_steps, progress=True)
+    if kept:
+        with written_whole(run.inverted(step)) as path, path.open("wb") as file:
+            np.save(file, np.asarray(noise, np.float32))
+    return noise

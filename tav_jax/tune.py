@@ -1,0 +1,200 @@
+"""python -m tav_jax.tune: one clip and its caption -> a tuned model and edited videos.
+
+The story, top to bottom: check everything, encode clip and caption once, then step, log, save and
+sample. The same command run again goes on from the last checkpoint.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from tav_jax.checkpointing import latest_step, restore_state, save_checkpoint
+from tav_jax.cli import command, say
+from tav_jax.config import TuneConfig, load_config
+from tav_jax.partition import label_params, make_lr_schedule, make_optimizer
+from tav_jax.pipeline import (
+    compile_train_step,
+    encode_frames,
+    encode_prompts,
+)
+from tav_jax.runs import (
+    RunFolder,
+    claim_folder,
+    inverted_clip,
+    load_base,
+    read_clip,
+    record_config,
+    written_whole,
+)
+from tav_jax.sample import Frames, default_sample, is_done, write_overview, write_samples
+from tav_jax.stable_diffusion import Model, tokenize
+from tav_jax.training import NotLearningError, TrainState, check_movement, fingerprints, init_state
+
+# Updates after which every trained group must have moved: a warm-up's first update has rate 0,
+# and the temporal attention's inner projections get no gradient before its output has moved.
+STEPS_BEFORE_CHECK = 3
+
+
+def tune(config: TuneConfig) -> None:
+    run = claim_folder(config)
+    frames = read_clip(config)
+    model = load_base(config)
+    labels = label_params(model.unet.params, config.trainable_modules)
+    trained_names = [name for name, label in labels.items() if label == "train"]
+    tokenize(model, [config.train_data.prompt, *config.validation_data.prompts])  # warns early
+
+    learning_rate = make_lr_schedule(
+        config.lr_scheduler,
+        config.learning_rate * (draws_per_update(config) if config.scale_lr else 1),
+        warmup_steps=config.lr_warmup_steps,
+        total_steps=config.max_train_steps,
+    )
+    optimizer = make_optimizer(
+        labels,
+        learning_rate,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        adam_weight_decay=config.adam_weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    state = init_state(model.unet, optimizer, jax.random.key(config.seed))
+    state = resume(run, config, state, trained_names)
+    start, end = int(state.step), config.max_train_steps
+    record_config(run, config)
+    if start and is_validated(config, start):
+        # A run that was stopped between a checkpoint and its samples still owes them.
+        validate(run, config, model.with_unet(state.unet), start, frames)
+    if start >= end:
+        say(f"{run.folder}: done, {start} of {end} steps")
+        return
+
+    moments = encode_frames(model, frames)
+    context = encode_prompts(model, [config.train_data.prompt])
+    moments, context = (
+        jnp.repeat(one, config.train_batch_size, axis=0) for one in (moments, context)
+    )
+    step_fn = compile_train_step(
+        model,
+        optimizer=optimizer,
+        labels=labels,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+    )
+    fingerprint = jax.jit(fingerprints)
+    before = fingerprint(state.unet.params)
+    check_at = min(start + STEPS_BEFORE_CHECK, end)
+
+    count = sum(state.unet.params[name].size for name in trained_names)
+    say(f"tuning {count:,} parameters on {len(frames)} frames, steps {start + 1} to {end}")
+    keep_metrics(run, start)
+    with run.metrics.open("a", buffering=1) as metrics_file:
+        for step in tqdm(range(start + 1, end + 1), desc="tuning", initial=start, total=end):
+            began = time.perf_counter()
+            state, metrics = step_fn(state, moments, context, model.schedule)
+            log(metrics_file, step, metrics, float(learning_rate(step - 1)), began)
+            if step == check_at:
+                after = fingerprint(state.unet.params)
+                check_movement(before, after, labels, config.trainable_modules)
+            if step == end or step % config.checkpointing_steps == 0:
+                save_checkpoint(run.checkpoints, state, trained_names)
+                say(f"wrote {run.checkpoint(step)}")
+            if is_validated(config, step):
+                validate(run, config, model.with_unet(state.unet), step, frames)
+
+
+def is_validated(config: TuneConfig, step: int) -> bool:
+    return step == config.max_train_steps or step % config.validation_steps == 0
+
+
+def draws_per_update(config: TuneConfig) -> int:
+    return config.gradient_accumulation_steps * config.train_batch_size
+
+
+def resume(
+    run: RunFolder, config: TuneConfig, state: TrainState, trained_names: Sequence[str]
+) -> TrainState:
+    """Returns the state to go on from: this run's newest, another run's, or the given."""
+    own = latest_step(run.checkpoints)
+    if own is not None:
+        path = run.checkpoint(own)
+    elif config.resume_from_checkpoint not in (None, "latest"):
+        path = Path(config.resume_from_checkpoint)
+    else:
+        return state
+    say(f"going on from {path}")
+    return restore_state(path, state, trained_names)
+
+
+def keep_metrics(run: RunFolder, steps: int) -> None:
+    """Drops the lines of steps that no checkpoint holds: they will be written again."""
+    if run.metrics.is_file():
+        lines = run.metrics.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
+        with written_whole(run.metrics) as path:
+            path.write_text("".join(kept))
+
+
+def log(file: TextIO, step: int, metrics: dict, lr: float, began: float) -> None:
+    """Writes one step's line; raises NotLearningError if the loss is no number."""
+    loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    line = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+    line["seconds"] = round(time.perf_counter() - began, 4)
+    file.write(json.dumps(line) + "\n")
+    if not np.isfinite(loss) or not np.isfinite(grad_norm):
+        raise NotLearningError(
+            f"step {step}: loss {loss}, grad_norm {grad_norm}; lower learning_rate, or "
+            "mixed_precision: no, and start from the last checkpoint"
+        )
+
+
+def validate(run: RunFolder, config: TuneConfig, model: Model, step: int, source: Frames) -> None:
+    """Samples the validation prompts with the model as it is now."""
+    default = default_sample(config, step)
+    folder, suffix = run.samples(step), config.validation_data.video_format
+    samples = [replace(default, prompt=prompt) for prompt in config.validation_data.prompts]
+    samples = [sample for sample in samples if not is_done(sample, folder, suffix)]
+    if not samples:
+        return
+    paths = write_samples(
+        model,
+        config,
+        samples,
+        lambda num_inv_steps: inverted_clip(run, config, model, step, num_inv_steps),
+        folder,
+    )
+    for path in paths:
+        say(f"wrote {path}")
+    for path in write_overview(folder, config, source):
+        say(f"wrote {path}")
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tav_jax.tune",
+        description="Tune a text-to-image model on one captioned clip and sample edits of it. "
+        "Run again, the same command goes on from the last checkpoint.",
+        epilog="example: python -m tav_jax.tune --config configs/man-skiing.yaml "
+        "max_train_steps=300 train_data.n_sample_frames=8",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the file's values")
+    args = parser.parse_args(argv)
+    config, notes = load_config(args.config, args.overrides)
+    for note in notes:
+        say(f"note: {note}")
+    tune(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
