@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -124,7 +124,10 @@ class TuneConfig:
     gradient_accumulation_steps: PositiveInt = 1
     gradient_checkpointing: bool = True
     checkpointing_steps: PositiveInt = 500
-    resume_from_checkpoint: str | None = None
+    # The original's "latest" is what happens anyway.
+    resume_from_checkpoint: Annotated[
+        str | None, BeforeValidator(lambda value: None if value == "latest" else value)
+    ] = None
     mixed_precision: Precision = "no"
     seed: NonNegativeInt = 0
     attention_scope: AttentionScope = "sparse_causal"
@@ -189,6 +192,23 @@ def parse_config(tree: dict[str, Any], where: str = "config") -> TuneConfig:
     except ValidationError as error:
         lines = [f"  {_explain(problem)}" for problem in error.errors()]
         raise ValueError(f"{where}:\n" + "\n".join(sorted(lines))) from None
+
+
+def with_absolute_paths(config: TuneConfig) -> TuneConfig:
+    """Returns the same settings, to be read from any working directory."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().absolute())
+
+    model, checkpoint = config.pretrained_model_path, config.resume_from_checkpoint
+    return replace(
+        config,
+        # What is no folder is an id on the Hub.
+        pretrained_model_path=absolute(model) if Path(model).expanduser().is_dir() else model,
+        output_dir=absolute(config.output_dir),
+        train_data=replace(config.train_data, video_path=absolute(config.train_data.video_path)),
+        resume_from_checkpoint=absolute(checkpoint) if checkpoint else None,
+    )
 
 
 def dump_config(config: TuneConfig) -> str:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from tav_jax.checkpointing import latest_step, restore_state, save_checkpoint
 from tav_jax.cli import command, say
-from tav_jax.config import TuneConfig, load_config
+from tav_jax.config import TuneConfig, load_config, with_absolute_paths
 from tav_jax.partition import label_params, make_lr_schedule, make_optimizer
 from tav_jax.pipeline import (
     compile_train_step,
@@ -46,6 +46,7 @@ STEPS_BEFORE_CHECK = 3
 
 
 def tune(config: TuneConfig) -> None:
+    config = with_absolute_paths(config)
     run = claim_folder(config)
     frames = read_clip(config)
     model = load_base(config)
@@ -98,7 +99,11 @@ def tune(config: TuneConfig) -> None:
     say(f"tuning {count:,} parameters on {len(frames)} frames, steps {start + 1} to {end}")
     keep_metrics(run, start)
     with run.metrics.open("a", buffering=1) as metrics_file:
-        for step in tqdm(range(start + 1, end + 1), desc="tuning", initial=start, total=end):
+        # A log file gets a line now and then, a terminal a moving bar.
+        interval = 0.1 if sys.stderr.isatty() else 30.0
+        for step in tqdm(
+            range(start + 1, end + 1), "tuning", initial=start, total=end, mininterval=interval
+        ):
             began = time.perf_counter()
             state, metrics = step_fn(state, moments, context, model.schedule)
             log(metrics_file, step, metrics, float(learning_rate(step - 1)), began)
@@ -127,7 +132,7 @@ def resume(
     own = latest_step(run.checkpoints)
     if own is not None:
         path = run.checkpoint(own)
-    elif config.resume_from_checkpoint not in (None, "latest"):
+    elif config.resume_from_checkpoint is not None:
         path = Path(config.resume_from_checkpoint)
     else:
         return state
@@ -147,10 +152,12 @@ def keep_metrics(run: RunFolder, steps: int) -> None:
 def log(file: TextIO, step: int, metrics: dict, lr: float, began: float) -> None:
     """Writes one step's line; raises NotLearningError if the loss is no number."""
     loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-    line = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr}
-    line["seconds"] = round(time.perf_counter() - began, 4)
+    seconds = round(time.perf_counter() - began, 4)
+    line = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "seconds": seconds}
+    # JSON has no NaN.
+    line = {name: value if np.isfinite(value) else None for name, value in line.items()}
     file.write(json.dumps(line) + "\n")
-    if not np.isfinite(loss) or not np.isfinite(grad_norm):
+    if None in line.values():
         raise NotLearningError(
             f"step {step}: loss {loss}, grad_norm {grad_norm}; lower learning_rate, or "
             "mixed_precision: no, and start from the last checkpoint"

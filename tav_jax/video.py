@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import imageio_ffmpeg
+import matplotlib
 import mediapy
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
@@ -23,8 +24,15 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 # which the ffmpeg of imageio-ffmpeg 0.8 no longer knows.)
 mediapy.set_ffmpeg(imageio_ffmpeg.get_ffmpeg_exe())
 
+# Pillow's own font knows hardly a letter outside ASCII; matplotlib, which mediapy needs, ships
+# one with Latin, Greek and Cyrillic.
+LABEL_FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FITS = {"stretch": Image.Image.resize, "crop": ImageOps.fit}
+FITS: dict[str, Callable[..., Image.Image]] = {
+    "stretch": Image.Image.resize,
+    "crop": ImageOps.fit,
+}
 
 
 def read_frames(
@@ -311,13 +319,11 @@ def contact_sheet(
 
 def _draw_label(label: str, width: int, text_size: int, margin: int) -> np.ndarray:
     """A white strip with one line of text; what does not fit ends in an ellipsis."""
-    font = ImageFont.load_default(text_size)
-    # Pillow's own font has no accents, but their letters: draw cafe rather than caf and a box.
-    decomposed = unicodedata.normalize("NFKD", " ".join(label.split()))
-    text = "".join(char for char in decomposed if not unicodedata.combining(char))
+    font = ImageFont.truetype(LABEL_FONT, text_size)
+    text = unicodedata.normalize("NFC", " ".join(label.split()))
     room = width - 2 * margin
     if font.getlength(text) > room:
-        fitting = bisect(range(len(text)), room, key=lambda n: font.getlength(text[:n] + "…"))
+        fitting = bisect(range(len(text)), room, key=lambda n: int(font.getlength(text[:n] + "…")))
         text = text[: fitting - 1].rstrip() + "…"
     strip = Image.new("RGB", (width, round(1.8 * text_size)), "white")
     baseline = strip.height - round(0.5 * text_size)  # Nearer to its own row than to the last.

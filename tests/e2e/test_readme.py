@@ -1,0 +1,26 @@
+"""The README's programs run as printed."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_programs_of_the_readme_run_as_printed(tmp_path):
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(programs) == 2
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    # The second goes on from where the first ended.
+    done = subprocess.run(
+        [sys.executable, "-c", "".join(programs)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "(2, 4, 64, 64, 3) uint8\n"
+    for name in ("edits.png", "tuned/unet/config.json"):
+        assert (tmp_path / name).is_file()

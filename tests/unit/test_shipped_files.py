@@ -1,0 +1,42 @@
+"""Configs and scripts that ship with the project are what their headers say."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tav_jax.config import load_config
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_reads_without_notes_and_names_its_own_command(path):
+    _, notes = load_config(path)
+    assert notes == []
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"--config {path.relative_to(ROOT)}" in line for line in header)
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "steps"),
+    [
+        pytest.param("man-skiing", 24, 500, id="the release"),
+        pytest.param("man-skiing-8-frames", 8, 300, id="the paper's first protocol"),
+    ],
+)
+def test_a_protocol_has_its_frames_and_steps(name, frames, steps):
+    config, _ = load_config(ROOT / "configs" / f"{name}.yaml")
+    assert config.train_data.n_sample_frames == frames
+    assert config.max_train_steps == steps
+    assert (config.train_data.width, config.train_data.height) == (512, 512)
+    assert config.learning_rate == 3e-5
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_parses_and_says_its_command_on_top(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    header = path.read_text().splitlines()[:8]
+    assert any(line.startswith(f"#   bash launch/{path.name}") for line in header)
