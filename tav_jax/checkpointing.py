@@ -19,15 +19,16 @@ from tav_jax.types import Params
 
 def save_checkpoint(folder: Path, state: TrainState, trained_names: Iterable[str]) -> None:
     """Writes `folder/<step>` and waits until it is there; one that is there already stays."""
-    step = int(state.step)
+    trained = {name: state.unet.params[name] for name in trained_names}
+    save_items(folder, int(state.step), trained=trained, progress=_progress(state))
+
+
+def save_items(folder: Path, step: int, **items: Any) -> None:
+    """Writes `folder/<step>` with a pytree of arrays under each name, unless it is there."""
     with _manager(folder) as manager:
         if step not in manager.all_steps():
-            trained = {name: state.unet.params[name] for name in trained_names}
-            items = ocp.args.Composite(
-                trained=ocp.args.StandardSave(trained),
-                progress=ocp.args.StandardSave(_progress(state)),
-            )
-            manager.save(step, args=items)
+            saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+            manager.save(step, args=ocp.args.Composite(**saves))
 
 
 def latest_step(folder: Path) -> int | None:
@@ -48,7 +49,7 @@ def restore_state(path: Path, state: TrainState, trained_names: Iterable[str]) -
         ValueError: it holds no checkpoint, or one of another network or optimiser.
     """
     trained = restore_trained(path, {name: state.unet.params[name] for name in trained_names})
-    progress = _restore(path, "progress", _progress(state))
+    progress = restore_item(path, "progress", _progress(state))
     return TrainState(
         state.unet.with_params(state.unet.params | trained),
         progress["opt_state"],
@@ -63,7 +64,7 @@ def restore_trained(path: Path, like: Params) -> Params:
     Args:
         like: Parameters with the names, shapes and types that are expected.
     """
-    return _restore(path, "trained", like)
+    return restore_item(path, "trained", like)
 
 
 def _progress(state: TrainState) -> dict[str, Any]:
@@ -74,7 +75,8 @@ def _progress(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _restore(path: Path, item: str, like: Any) -> Any:
+def restore_item(path: Path, item: str, like: Any) -> Any:
+    """Returns one pytree of a checkpoint folder, of the structure, shapes and types of `like`."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     if not (path / item).is_dir():
         raise ValueError(f"{path}: no checkpoint of ours; expected a folder checkpoints/<step>")

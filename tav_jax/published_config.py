@@ -44,8 +44,8 @@ UNET_DEMANDS: dict[str, tuple[Any, ...]] = {
 UNET_IRRELEVANT = {
     "addition_embed_type_num_heads",  # of an addition_embed_type, which is refused
     "dropout",  # of training from scratch
-    "num_attention_heads",  # read beside attention_head_dim
-    "sample_size",  # the pipeline's default picture size
+    "attention_head_dim",  # read, unless num_attention_heads is there
+    "num_attention_heads",
     "upcast_attention",  # our scores and softmax are float32 always
 }
 VAE_DEMANDS: dict[str, tuple[Any, ...]] = {
@@ -64,7 +64,6 @@ VAE_IRRELEVANT = {
 SCHEDULER_DEMANDS: dict[str, tuple[Any, ...]] = {
     "rescale_betas_zero_snr": (False,),
     "thresholding": (False,),
-    "timestep_spacing": ("leading",),
     "trained_betas": (None,),
 }
 
@@ -97,28 +96,36 @@ def read_unet_config(published: Published, where: str = "unet/config.json") -> U
         norm_eps=published.get("norm_eps", 1e-5),
         use_linear_projection=published.get("use_linear_projection", False),
         flip_sin_to_cos=published.get("flip_sin_to_cos", True),
-        freq_shift=published.get("freq_shift", 0),
+        freq_shift=float(published.get("freq_shift", 0)),
+        sample_size=published.get("sample_size") or 64,
     )
     for name in ("down_attention", "up_attention", "num_attention_heads"):
         if len(getattr(config, name)) != len(widths):
             read.problem(f"{name}: expected {len(widths)} levels, got {getattr(config, name)}")
     for width, count in zip(widths, heads, strict=False):
-        if width % count or width % config.norm_num_groups:
+        if not count or not config.norm_num_groups:
+            read.problem("attention_head_dim and norm_num_groups: expected 1 or more")
+        elif width % count or width % config.norm_num_groups:
             read.problem(
                 f"width {width}: not divisible by {count} heads and {config.norm_num_groups} groups"
             )
     known = {*UNET_IRRELEVANT, "cross_attention_dim", "use_linear_projection", "norm_eps"}
-    read.finish({*known, "flip_sin_to_cos", "freq_shift"})
+    read.finish({*known, "flip_sin_to_cos", "freq_shift", "sample_size"})
     return config
 
 
 def write_unet_config(config: UNetConfig) -> dict[str, Any]:
-    """Returns the published JSON of a 3D U-Net, as the original Tune-A-Video saves it."""
-    names = {attends: name for name, attends in DOWN_BLOCKS.items()}
-    up_names = {attends: name for name, attends in UP_BLOCKS.items()}
+    """Returns the published JSON of a U-Net.
+
+    With temporal attention it is a 3D one, as the original Tune-A-Video saves it; without, the
+    image U-Net's.
+    """
+    d = "3D" if config.temporal_attention else "2D"
+    down = {attends: name for name, attends in DOWN_BLOCKS.items()}
+    up = {attends: name for name, attends in UP_BLOCKS.items()}
     heads = config.num_attention_heads
     return {
-        "_class_name": "UNet3DConditionModel",
+        "_class_name": f"UNet{d}ConditionModel",
         "_diffusers_version": "0.11.1",
         "act_fn": "silu",
         "attention_head_dim": heads[0] if len(set(heads)) == 1 else list(heads),
@@ -126,7 +133,7 @@ def write_unet_config(config: UNetConfig) -> dict[str, Any]:
         "center_input_sample": False,
         "class_embed_type": None,
         "cross_attention_dim": config.cross_attention_dim,
-        "down_block_types": [f"{names[attends]}3D" for attends in config.down_attention],
+        "down_block_types": [f"{down[attends]}{d}" for attends in config.down_attention],
         "downsample_padding": 1,
         "dual_cross_attention": False,
         "flip_sin_to_cos": config.flip_sin_to_cos,
@@ -134,16 +141,56 @@ def write_unet_config(config: UNetConfig) -> dict[str, Any]:
         "in_channels": config.in_channels,
         "layers_per_block": config.layers_per_block,
         "mid_block_scale_factor": 1,
-        "mid_block_type": "UNetMidBlock3DCrossAttn",
+        "mid_block_type": f"UNetMidBlock{d}CrossAttn",
         "norm_eps": config.norm_eps,
         "norm_num_groups": config.norm_num_groups,
         "num_class_embeds": None,
         "only_cross_attention": False,
         "out_channels": config.out_channels,
         "resnet_time_scale_shift": "default",
-        "up_block_types": [f"{up_names[attends]}3D" for attends in config.up_attention],
+        # The published pipeline compares it with 64 when it is made.
+        "sample_size": config.sample_size,
+        "up_block_types": [f"{up[attends]}{d}" for attends in config.up_attention],
         "upcast_attention": False,
         "use_linear_projection": config.use_linear_projection,
+    }
+
+
+def write_vae_config(config: VAEConfig) -> dict[str, Any]:
+    """Returns the published JSON of an AutoencoderKL."""
+    levels = len(config.block_out_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": "0.11.1",
+        "act_fn": "silu",
+        "block_out_channels": list(config.block_out_channels),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "in_channels": config.in_channels,
+        "latent_channels": config.latent_channels,
+        "layers_per_block": config.layers_per_block,
+        "norm_num_groups": config.norm_num_groups,
+        "out_channels": config.out_channels,
+        "scaling_factor": config.scaling_factor,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+def write_text_config(config: CLIPTextConfig) -> dict[str, Any]:
+    """Returns the published JSON of a CLIPTextModel."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        # transformers takes the state of the last token for a pooled output, which is not used.
+        "bos_token_id": config.vocab_size - 2,
+        "eos_token_id": config.vocab_size - 1,
+        "hidden_act": config.hidden_act,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "layer_norm_eps": config.layer_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
     }
 
 
@@ -177,6 +224,10 @@ def read_text_config(
     """
     read = _Reader(published, where)
     read.demand({"model_type": ("clip_text_model",), "use_attention_mask": (False,)})
+    hidden_act = published.get("hidden_act", "quick_gelu")
+    if hidden_act not in ACTIVATIONS:
+        read.problem(f"hidden_act: '{hidden_act}' is none of {', '.join(ACTIVATIONS)}")
+        hidden_act = "gelu"
     config = CLIPTextConfig(
         vocab_size=read.need("vocab_size", 0),
         hidden_size=read.need("hidden_size", 0),
@@ -185,10 +236,8 @@ def read_text_config(
         num_attention_heads=read.need("num_attention_heads", 0),
         max_position_embeddings=read.need("max_position_embeddings", 0),
         layer_norm_eps=published.get("layer_norm_eps", 1e-5),
-        hidden_act=published.get("hidden_act", "quick_gelu"),
+        hidden_act=hidden_act,
     )
-    if config.hidden_act not in ACTIVATIONS:
-        read.problem(f"hidden_act: '{config.hidden_act}' is none of {', '.join(ACTIVATIONS)}")
     read.finish(set(published))
     return config
 

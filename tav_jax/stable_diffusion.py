@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,11 +99,21 @@ def load_model(
         raise ValueError(
             f"{folder}: the text encoder gives states {widths[0]} wide, the U-Net takes {widths[1]}"
         )
+    channels = unet.config.in_channels, model.vae.config.latent_channels
+    if channels[0] != channels[1]:
+        raise ValueError(
+            f"{folder}: the U-Net takes {channels[0]} channels, the VAE gives {channels[1]} "
+            "(inpainting models are of that kind)"
+        )
     return model.with_unet(unet)
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """Returns CLIP's byte-pair tokenizer from its vocabulary files."""
+    # Without these transformers makes up a vocabulary of two words and says nothing.
+    names = {path.name for path in folder.iterdir()}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise FileNotFoundError(f"{folder}: no vocab.json with merges.txt, nor tokenizer.json")
     return CLIPTokenizer.from_pretrained(folder)
 
 
@@ -112,7 +122,11 @@ def load_text_encoder(
 ) -> Network[CLIPTextModel]:
     """Returns CLIP's text encoder from its folder."""
     config = published_config.read_text_config(_read_config(folder), f"{folder}/config.json")
-    return _load_network(CLIPTextModel, config, folder, "text_encoder", dtype, variant)
+    # transformers 5.6 and later may save the names without it.
+    prefix = "text_model."
+    return _load_network(
+        CLIPTextModel, config, folder, "text_encoder", dtype, variant, prefix=prefix
+    )
 
 
 def load_vae(
@@ -165,10 +179,33 @@ def save_unet(folder: str | Path, unet: Network[UNet3DConditionModel]) -> None:
 
     The folder holds `config.json` and `diffusion_pytorch_model.safetensors`, in the stored type.
     """
+    _save_network(Path(folder), "unet", unet, published_config.write_unet_config(unet.config))
+
+
+def save_model(folder: str | Path, model: Model, scheduler: Mapping[str, Any]) -> None:
+    """Writes a model as a folder of the Hub's layout, in the stored type.
+
+    Args:
+        scheduler: The scheduler's published JSON.
+    """
     folder = Path(folder)
-    weights.save_tensors(folder / f"{WEIGHT_STEMS['unet']}.safetensors", unet.params)
-    config = published_config.write_unet_config(unet.config)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_unet(folder / "unet", model.unet)
+    vae, text_encoder = model.vae, model.text_encoder
+    _save_network(folder / "vae", "vae", vae, published_config.write_vae_config(vae.config))
+    text_config = published_config.write_text_config(text_encoder.config)
+    _save_network(folder / "text_encoder", "text_encoder", text_encoder, text_config)
+    model.tokenizer.save_pretrained(folder / "tokenizer")
+    _write_json(folder / "scheduler" / CONFIG_NAMES["scheduler"], scheduler)
+    classes = {
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    no_more = {"feature_extractor": [None, None], "safety_checker": [None, None]}
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.11.1"}
+    _write_json(folder / "model_index.json", index | classes | no_more)
 
 
 def tokenize(model: Model, prompts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
@@ -199,32 +236,39 @@ def find_folder(
     folder = Path(pretrained_model_path).expanduser()
     if folder.is_dir():
         return folder
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     repo = str(pretrained_model_path)
+    nowhere = f"pretrained_model_path: no folder '{repo}', nor such a model on the Hub"
     try:
-        try:
-            names = HfApi().list_repo_files(repo, revision=revision)
-        except OSError:  # no network, or no such repository: what the cache has must do
-            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        wanted = [name for name in names if name.endswith(".json") or name[:10] == "tokenizer/"]
-        for part, stem in WEIGHT_STEMS.items():
-            inside = [
-                name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")
-            ]
-            chosen = weights.choose_weights(inside, stem, variant)
-            if chosen is not None:
-                wanted.append(f"{part}/{chosen}")
-            if chosen is not None and chosen.endswith(".json"):
-                index = hf_hub_download(repo, f"{part}/{chosen}", revision=revision)
-                wanted += [f"{part}/{name}" for name in weights.shard_names(Path(index))]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"pretrained_model_path: no folder '{repo}', nor such a model on the Hub: {reason}"
-        ) from None
+        names = HfApi().list_repo_files(repo, revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(f"{nowhere}: {_first_line(error)}") from None
+    except Exception as error:  # no network, which each version of the client says in its own way
+        cached = try_to_load_from_cache(repo, "model_index.json", revision=revision)
+        if isinstance(cached, str):
+            return Path(cached).parent
+        raise FileNotFoundError(f"{nowhere}'s cache: {_first_line(error)}") from None
+
+    wanted = [name for name in names if name.endswith(".json") or name.startswith("tokenizer/")]
+    for part, stem in WEIGHT_STEMS.items():
+        inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+        chosen = weights.choose_weights(inside, stem, variant)
+        if chosen is not None:
+            wanted.append(f"{part}/{chosen}")
+        if chosen is not None and chosen.endswith(".json"):
+            index = hf_hub_download(repo, f"{part}/{chosen}", revision=revision)
+            wanted += [f"{part}/{name}" for name in weights.shard_names(Path(index))]
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _load_network(
@@ -237,11 +281,16 @@ def _load_network(
     *,
     dtype_of: Callable[[str], str] | None = None,
     may_lack: tuple[str, ...] = (),
+    prefix: str = "",
 ) -> Network:
     config = replace(config, dtype=dtype)
+    tensors = weights.read_tensors(folder, WEIGHT_STEMS[part], variant)
     params = weights.merge(
         parameter_shapes(module_class, config),
-        weights.read_tensors(folder, WEIGHT_STEMS[part], variant),
+        (
+            (name if name.startswith(prefix) else f"{prefix}{name}", tensor)
+            for name, tensor in tensors
+        ),
         dtype_of=dtype_of or (lambda name: dtype),
         where=str(folder),
         may_lack=may_lack,
@@ -249,11 +298,24 @@ def _load_network(
     return Network(module_class, config, params)
 
 
+def _save_network(folder: Path, part: str, network: Network, config: Mapping[str, Any]) -> None:
+    weights.save_tensors(folder / f"{WEIGHT_STEMS[part]}.safetensors", network.params)
+    _write_json(folder / "config.json", config)
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree, indent=2) + "\n")
+
+
 def _read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     path = folder / name
     try:
-        return json.loads(path.read_text())
+        tree = json.loads(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; is the download complete?") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: not a JSON object, but {type(tree).__name__}")
+    return tree

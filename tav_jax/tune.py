@@ -154,10 +154,9 @@ def log(file: TextIO, step: int, metrics: dict, lr: float, began: float) -> None
     loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
     seconds = round(time.perf_counter() - began, 4)
     line = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "seconds": seconds}
-    # JSON has no NaN.
-    line = {name: value if np.isfinite(value) else None for name, value in line.items()}
-    file.write(json.dumps(line) + "\n")
-    if None in line.values():
+    broken = [name for name, value in line.items() if not np.isfinite(value)]
+    file.write(json.dumps(line | dict.fromkeys(broken)) + "\n")  # JSON has no NaN
+    if broken:
         raise NotLearningError(
             f"step {step}: loss {loss}, grad_norm {grad_norm}; lower learning_rate, or "
             "mixed_precision: no, and start from the last checkpoint"

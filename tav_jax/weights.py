@@ -97,6 +97,8 @@ def merge(
         if published_name in IGNORED:
             continue
         name, value = to_parameter(published_name, tensor)
+        if name in met:
+            problems.append(f"  twice, under two names: {published_name} {list(tensor.shape)}")
         met.add(name)
         if name not in shapes:
             problems.append(f"  left over: {published_name} {list(tensor.shape)}")
@@ -205,7 +207,10 @@ def choose_weights(names: Iterable[str], stem: str, variant: str | None = None) 
 
 def shard_names(index: Path) -> list[str]:
     """Returns the names of the files that an index distributes the tensors over."""
-    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: damaged ({error!r}); download it again") from None
 
 
 def _shards(index: Path) -> list[Path]:
@@ -231,6 +236,8 @@ def _read_pickled(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: not a file of plain tensors ({reason})") from None
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"{path}: not a file of plain tensors; is it a whole training's state?")
     for name, tensor in tensors.items():
         # NumPy has no bfloat16 that PyTorch knows of, and float32 holds every one of them.
         yield name, (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -18,6 +18,9 @@ from tav_jax.models.layers import LayerNorm, Linear
 AttentionScope = Literal["sparse_causal", "spatial", "first_frame", "full"]
 Heads: TypeAlias = Float[Array, "b f n heads k"]
 
+# Scores of one head, 64 x 64, from which a loop over heads pays on a CPU.
+SCORES_WORTH_A_LOOP = 4096
+
 
 def attention_weights(
     scores: Float[Array, "*axes q m"], width: int, dtype: jnp.dtype
@@ -34,8 +37,23 @@ def attention(
 ) -> Float[Array, "*axes q heads k"]:
     """Returns softmax(Q K^T / sqrt(k)) V for each head; `mask` is true where a query may look.
 
-    Vaswani et al. 2017 (arXiv:1706.03762), eq. 1.
+    Vaswani et al. 2017 (arXiv:1706.03762), eq. 1. On a CPU large heads come one after another,
+    see `attention_by_head`.
     """
+    if mask is None and query.shape[-3] * key.shape[-3] >= SCORES_WORTH_A_LOOP:
+        return jax.lax.platform_dependent(
+            query, key, value, cpu=attention_by_head, default=attention_at_once
+        )
+    return attention_at_once(query, key, value, mask)
+
+
+def attention_at_once(
+    query: Float[Array, "*axes q heads k"],
+    key: Float[Array, "*axes m heads k"],
+    value: Float[Array, "*axes m heads k"],
+    mask: Bool[Array, "q m"] | None = None,
+) -> Float[Array, "*axes q heads k"]:
+    """Returns `attention`, all scores in memory together."""
     scores = jnp.einsum("...qhk,...mhk->...hqm", query, key, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
@@ -43,26 +61,46 @@ def attention(
     return jnp.einsum("...hqm,...mhk->...qhk", weights, value)
 
 
+def attention_by_head(
+    query: Float[Array, "*axes q heads k"],
+    key: Float[Array, "*axes m heads k"],
+    value: Float[Array, "*axes m heads k"],
+) -> Float[Array, "*axes q heads k"]:
+    """Returns `attention`, made one head of one frame at a time and made again for the gradient.
+
+    One head's scores fit in a processor's cache; those of a whole layer would spend most of the
+    time on their way to memory and back.
+    """
+    each = tuple(
+        rearrange(x, "axes n heads k -> (axes heads) n 1 k")
+        for x in (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+    )
+    one_head = jax.checkpoint(lambda head: attention_at_once(*head))
+    mixed = rearrange(
+        jax.lax.map(one_head, each), "(axes heads) n 1 k -> axes n heads k", heads=query.shape[-2]
+    )
+    return mixed.reshape(query.shape)
+
+
 def sparse_causal_attention(query: Heads, key: Heads, value: Heads) -> Heads:
     """Returns each frame's attention over the tokens of frame 0 and of the frame before it.
 
     Wu et al. 2023 (arXiv:2212.11565), section 3.2: Q = W_Q z_i, K = W_K [z_0, z_{i-1}],
     V = W_V [z_0, z_{i-1}]. Frame 0 has no predecessor: it looks at itself twice, which is the
-    same as once. Keys and values of frame 0 enter as they are, never copied per frame.
+    same as once.
     """
-    former_key, former_value = (
-        jnp.concatenate([x[:, :1], x[:, :-1]], axis=1) for x in (key, value)
-    )
-    to_first = jnp.einsum("bfqhk,bmhk->bfhqm", query, key[:, 0], preferred_element_type=jnp.float32)
-    to_former = jnp.einsum(
-        "bfqhk,bfmhk->bfhqm", query, former_key, preferred_element_type=jnp.float32
-    )
-    scores = jnp.concatenate([to_first, to_former], axis=-1)
-    weights = attention_weights(scores, query.shape[-1], value.dtype)
-    on_first, on_former = jnp.split(weights, 2, axis=-1)
-    return jnp.einsum("bfhqm,bmhk->bfqhk", on_first, value[:, 0]) + jnp.einsum(
-        "bfhqm,bfmhk->bfqhk", on_former, former_value
-    )
+    key, value = (jnp.concatenate([first_frame(x), former_frame(x)], axis=2) for x in (key, value))
+    return attention(query, key, value)
+
+
+def first_frame(x: Heads) -> Heads:
+    """Returns frame 0 in the place of every frame."""
+    return jnp.broadcast_to(x[:, :1], x.shape)
+
+
+def former_frame(x: Heads) -> Heads:
+    """Returns for each frame the one before it, and frame 0 for itself."""
+    return jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
 
 
 def first_frame_attention(query: Heads, key: Heads, value: Heads) -> Heads:
@@ -157,6 +195,7 @@ class BasicTransformerBlock(nnx.Module):
         *,
         context_dim: int,
         attention_scope: AttentionScope,
+        temporal_attention: bool = True,
         rngs: nnx.Rngs,
     ):
         attend = FRAME_ATTENTION[attention_scope]
@@ -166,8 +205,10 @@ class BasicTransformerBlock(nnx.Module):
         self.attn2 = Attention(dim, num_attention_heads, context_dim=context_dim, rngs=rngs)
         self.norm3 = LayerNorm(dim)
         self.ff = FeedForward(dim, rngs=rngs)
-        self.norm_temp = LayerNorm(dim)
-        self.attn_temp = Attention(dim, num_attention_heads, rngs=rngs)
+        self.norm_temp = LayerNorm(dim) if temporal_attention else None
+        self.attn_temp = (
+            Attention(dim, num_attention_heads, rngs=rngs) if temporal_attention else None
+        )
 
     def __call__(
         self, x: Float[Array, "b f n c"], context: Float[Array, "b s d"]
@@ -179,5 +220,7 @@ class BasicTransformerBlock(nnx.Module):
         queries = rearrange(self.norm2(x), "b f n c -> b (f n) c")
         x = x + rearrange(self.attn2(queries, context), "b (f n) c -> b f n c", f=frames)
         x = x + self.ff(self.norm3(x))
+        if self.norm_temp is None or self.attn_temp is None:
+            return x
         over_time = rearrange(self.norm_temp(x), "b f n c -> b n f c")
         return x + rearrange(self.attn_temp(over_time, over_time), "b n f c -> b f n c")

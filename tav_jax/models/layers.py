@@ -6,6 +6,7 @@ between batch and `h w c`, so one residual block serves pictures and videos.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,55 @@ def layer_norm(
     return ((wide - mean) * jax.lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
 
 
+_convolve = partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolution(
+    x: Float[Array, "n h w i"],
+    kernel: Float[Array, "kh kw i o"],
+    stride: int,
+    padding: tuple[int, int],
+) -> Float[Array, "n h2 w2 o"]:
+    """Returns the convolution of pictures, channels last.
+
+    The gradient by `x` is written out for the one reason that XLA, left alone, may fold the
+    kernel's transposition into the convolution, and then has no fast kernel for it on the CPU.
+    """
+    return _convolve(x, kernel, (stride, stride), (padding, padding))
+
+
+def _convolution_forward(x: Array, kernel: Array, stride: int, padding: tuple[int, int]):
+    return convolution(x, kernel, stride, padding), (x, kernel)
+
+
+def _convolution_backward(
+    stride: int, padding: tuple[int, int], inputs: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, kernel = inputs
+    (on_kernel,) = jax.linear_transpose(
+        lambda kernel: _convolve(x, kernel, (stride, stride), (padding, padding)), kernel
+    )(gradient)
+    # The barrier keeps the transposed kernel an array of its own.
+    turned = jax.lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+
+    def pad(size: int, out: int, width: int) -> tuple[int, int]:
+        before = width - 1 - padding[0]
+        return before, size + width - 2 - (out - 1) * stride - before
+
+    on_x = _convolve(
+        gradient,
+        turned,
+        (1, 1),
+        [pad(x.shape[i], gradient.shape[i], kernel.shape[i - 1]) for i in (1, 2)],
+        lhs_dilation=(stride, stride),
+    )
+    return on_x, on_kernel
+
+
+convolution.defvjp(_convolution_forward, _convolution_backward)
+
+
 class Linear(nnx.Module):
     def __init__(
         self, in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs
@@ -90,13 +140,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "*axes h w i"]) -> Float[Array, "*axes h2 w2 o"]:
         pictures = x.reshape(-1, *x.shape[-3:])
-        y = jax.lax.conv_general_dilated(
-            pictures,
-            self.kernel[...].astype(x.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=(self.padding, self.padding),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        y = convolution(pictures, self.kernel[...].astype(x.dtype), self.stride, self.padding)
         y = y + self.bias[...].astype(x.dtype)
         return y.reshape(*x.shape[:-3], *y.shape[-3:])
 

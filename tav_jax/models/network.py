@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax import Array
 
 from tav_jax.types import Params, PRNGKey
@@ -68,8 +69,8 @@ def _definition(module_class: type, config: Any) -> tuple[nnx.GraphDef, dict]:
 
 
 def _flat(state: Any) -> dict[str, Any]:
-    leaves = nnx.to_flat_state(nnx.pure(state))
-    return {".".join(map(str, path)): leaf for path, leaf in leaves}
+    leaves = flatten_dict(nnx.to_pure_dict(state))
+    return {".".join(map(str, path)): leaf for path, leaf in leaves.items()}
 
 
 def _path(name: str) -> tuple[str | int, ...]:

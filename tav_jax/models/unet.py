@@ -31,7 +31,11 @@ class UNetConfig:
             counts from the coarsest, as the published `up_block_types` does.
         num_attention_heads: Heads of each level. The published config has these numbers under
             the name `attention_head_dim`.
+        sample_size: Side of the latents it was trained on; says nothing here, and is handed on
+            to saved configs.
         attention_scope: What a frame's self-attention may look at.
+        temporal_attention: Without it, and "spatial", frames meet in the group norms alone; at
+            one frame that is the image U-Net, with exactly its parameters.
         gradient_checkpointing: Keep only the inputs of residual blocks and transformers for the
             backward pass and compute the rest again.
         dtype: Type of the computation; statistics and softmax are float32 in any case.
@@ -50,7 +54,9 @@ class UNetConfig:
     use_linear_projection: bool
     flip_sin_to_cos: bool
     freq_shift: float
+    sample_size: int = 64
     attention_scope: AttentionScope = "sparse_causal"
+    temporal_attention: bool = True
     gradient_checkpointing: bool = False
     dtype: str = "float32"
 
@@ -95,6 +101,7 @@ class Transformer3D(nnx.Module):
                     num_attention_heads,
                     context_dim=config.cross_attention_dim,
                     attention_scope=config.attention_scope,
+                    temporal_attention=config.temporal_attention,
                     rngs=rngs,
                 )
             ]

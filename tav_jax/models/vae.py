@@ -181,11 +181,11 @@ class AutoencoderKL(nnx.Module):
     ) -> Float[Array, "b f h2 w2 o"]:
         """Applies `run` to a few frames at a time, so that activations of all never coexist."""
         pictures = rearrange(video, "b f h w c -> (b f) h w c").astype(self.config.dtype)
-        done = jax.lax.map(
-            lambda picture: run(picture[None])[0],
-            pictures,
-            batch_size=self.config.frames_per_chunk,
-        )
+        chunk = self.config.frames_per_chunk
+        if len(pictures) <= chunk:
+            done = run(pictures)  # no loop: XLA's CPU compiler slows down convolutions inside one
+        else:
+            done = jax.lax.map(lambda picture: run(picture[None])[0], pictures, batch_size=chunk)
         return rearrange(done, "(b f) h w c -> b f h w c", b=len(video)).astype(jnp.float32)
 
 

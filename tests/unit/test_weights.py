@@ -103,7 +103,7 @@ def numbered(*axes):
     return np.arange(np.prod(axes), dtype=np.float32).reshape(axes)
 
 
-# ------------------------------------------------------------------------------------ rename
+# --- rename
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_names_from_before_diffusers_0_17_mean_the_new_ones(old, new):
     assert parameter_name(f"{path}.{old}", rank) == f"{path}.{new}"
 
 
-# --------------------------------------------------------------------------------- re-lay out
+# --- re-lay out
 
 
 def test_a_convolution_moves_from_out_in_kh_kw_to_kh_kw_in_out():
@@ -196,7 +196,7 @@ def test_a_tensor_comes_back_from_the_round_trip_as_it_was(name, axes):
     np.testing.assert_array_equal(back, tensor)
 
 
-# ------------------------------------------------------------------------------------- v1-4
+# --- v1-4
 
 
 @pytest.mark.parametrize("part", NETWORKS)
@@ -230,7 +230,7 @@ def test_the_3d_network_of_v1_4_trains_74_million_parameters():
     assert sum(np.prod(shapes[name].shape) for name in trained) == 74_354_880
 
 
-# ------------------------------------------------------------------------------------- merge
+# --- merge
 
 SHAPES = {
     "conv.kernel": shape(3, 2, 4, 5),
@@ -280,6 +280,12 @@ def test_merging_lists_everything_missing_left_over_and_misshapen_at_once():
         "  wrong shape: attn.to_q.weight [4, 6], expected [6, 4]",
         "  wrong shape: conv.weight [3, 2, 4, 5], expected [5, 4, 3, 2]",
     ]
+
+
+def test_two_tensors_for_one_parameter_are_refused():
+    both = {"attn.query.weight": numbered(6, 4)} | TENSORS
+    with pytest.raises(ValueError, match=r"attn\.(query|to_q)\.weight"):
+        merge(SHAPES, both.items())
 
 
 def test_only_the_modules_that_may_lack_may_be_missing():
@@ -333,7 +339,7 @@ def test_a_module_is_named_by_whole_steps_of_its_path(name, modules, inside):
     assert in_modules(name, modules) is inside
 
 
-# ----------------------------------------------------------------------------------- inflate
+# --- inflate
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 SPATIAL = {f"{BLOCK}.attn1.to_q.kernel": shape(8, 8)}
@@ -408,7 +414,7 @@ def test_a_tuned_network_goes_through_inflation_unchanged():
     assert inflate(params, SPATIAL | FRESH, jax.random.key(5)) == params
 
 
-# -------------------------------------------------------------------------- which file is read
+# --- which file is read
 
 WHOLE = f"{STEM}.safetensors"
 WHOLE_FP16 = f"{STEM}.fp16.safetensors"
@@ -463,7 +469,7 @@ def test_transformers_calls_its_pickled_files_pytorch_model():
     assert choose_weights(names, STEM) is None
 
 
-# ----------------------------------------------------------------------------- reading of files
+# --- reading of files
 
 
 def read(folder, variant=None):
@@ -572,7 +578,7 @@ def test_a_pickled_file_without_pytorch_is_one_line_that_says_what_to_do(tmp_pat
     assert len(str(error.value).splitlines()) == 1
 
 
-# ------------------------------------------------------------------------------------- saving
+# --- saving
 
 
 def test_what_is_saved_is_the_published_file_again(tmp_path):
@@ -612,14 +618,14 @@ def save_beyond_the_disk(path):
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     save_tensors(tmp_path / WHOLE, {"proj.kernel": jnp.ones((2, 3))})
     before = (tmp_path / WHOLE).read_bytes()
-    with pytest.raises(Exception, match="(?i)too large"):
+    with pytest.raises(Exception, match=r"(?i)too large"):
         save_beyond_the_disk(tmp_path / WHOLE)
     assert [path.name for path in tmp_path.iterdir()] == [WHOLE]
     assert (tmp_path / WHOLE).read_bytes() == before
 
 
 def test_a_first_write_that_fails_leaves_no_half_file(tmp_path):
-    with pytest.raises(Exception, match="(?i)too large"):
+    with pytest.raises(Exception, match=r"(?i)too large"):
         save_beyond_the_disk(tmp_path / WHOLE)
     assert list(tmp_path.iterdir()) == []
 
