@@ -5,6 +5,7 @@ resuming needs. Frozen parameters are in neither. Orbax writes under a temporary
 so that a step is there whole or not at all.
 """
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import orbax.checkpoint as ocp
 
 from tav_jax.training import TrainState
 from tav_jax.types import Params
+
+MISFIT = "not a checkpoint of this network and optimiser"
 
 
 def save_checkpoint(folder: Path, state: TrainState, trained_names: Iterable[str]) -> None:
@@ -64,6 +67,9 @@ def restore_trained(path: Path, like: Params) -> Params:
     Args:
         like: Parameters with the names, shapes and types that are expected.
     """
+    differing = _differences(path / "trained", like) if (path / "trained").is_dir() else []
+    if differing:
+        raise ValueError(f"{path}: {MISFIT}:\n" + "\n".join(f"  {line}" for line in differing))
     return restore_item(path, "trained", like)
 
 
@@ -77,20 +83,35 @@ def _progress(state: TrainState) -> dict[str, Any]:
 
 def restore_item(path: Path, item: str, like: Any) -> Any:
     """Returns one pytree of a checkpoint folder, of the structure, shapes and types of `like`."""
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     if not (path / item).is_dir():
         raise ValueError(f"{path}: no checkpoint of ours; expected a folder checkpoints/<step>")
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
         with _manager(path.parent) as manager:
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
             restored = manager.restore(int(path.name), args=args)[item]
     except (ValueError, KeyError, FileNotFoundError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{path}: not a checkpoint of this network and optimiser: {reason}"
-        ) from None
+        raise ValueError(f"{path}: {MISFIT}: {' '.join(str(error).split())[:300]}") from None
     # A copy of our own: Orbax's buffers may be shared, and the train step donates its state.
     return jax.tree.map(jnp.copy, restored)
+
+
+def _differences(item: Path, like: Params) -> list[str]:
+    """Returns which parameters on disk have other names or shapes than those expected."""
+    # Orbax warns that an item has no metadata of a whole checkpoint, which is one folder up.
+    logging.getLogger("absl").addFilter(lambda record: "Metadata file" not in record.getMessage())
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(item.absolute()).item_metadata
+    if metadata is None:  # damaged, as restoring will say
+        return []
+    there, here = (
+        {name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in (metadata.tree, like)
+    )
+    return [
+        f"{name}: {there.get(name, 'nothing')} there, {here.get(name, 'nothing')} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:

@@ -31,7 +31,7 @@ MEANINGLESS_KEYS = {
     "enable_xformers_memory_efficient_attention": "attention is compiled by XLA",
 }
 
-_strict = ConfigDict(extra="forbid")
+_strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 Size = Annotated[int, Field(gt=0, multiple_of=SIZE_FACTOR)]
 # YAML 1.1 reads an unquoted `no` as false.
 Precision = Annotated[
@@ -129,7 +129,7 @@ class TuneConfig:
         str | None, BeforeValidator(lambda value: None if value == "latest" else value)
     ] = None
     mixed_precision: Precision = "no"
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # what a key can be made of
     attention_scope: AttentionScope = "sparse_causal"
     revision: str | None = None
     variant: str | None = None
@@ -172,8 +172,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TuneCo
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected keys and values, as in configs/man-skiing.yaml")
-    for override in overrides:
-        _set(tree, override)
+    problems = [problem for override in overrides if (problem := _set(tree, override))]
+    if problems:
+        raise ValueError("\n".join(problems))
     notes = [
         f"{key}: has no effect here: {reason}"
         for key, reason in MEANINGLESS_KEYS.items()
@@ -226,24 +227,33 @@ def differences(ours: TuneConfig, theirs: TuneConfig) -> list[str]:
     ]
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
+def _set(tree: dict[str, Any], override: str) -> str | None:
+    """Puts one `key=value` into a tree, or says why it cannot."""
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"'{override}': expected key=value, as in max_train_steps=300")
+        return f"'{override}': expected key=value, as in max_train_steps=300"
     *path, leaf = key.split(".")
     for part in path:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
-            raise ValueError(f"'{override}': '{part}' holds a value, not keys")
-    tree[leaf] = yaml.safe_load(value)
+            return f"'{override}': '{part}' holds a value, not keys"
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        return f"'{override}': not a YAML value: {' '.join(str(error).split())}"
+    return None
 
 
 def _explain(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "unexpected_keyword_argument":
-        known = _known_keys()
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {known[near[0]]}?" if near else "configs/ shows the keys there are"
+        by_name = {known.split(".")[-1]: known for known in _known_keys()}
+        name = str(problem["loc"][-1])
+        # The right name in the wrong section; misspelt there; misspelt elsewhere.
+        near = [by_name[name]] if name in by_name else []
+        near = near or difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.6)
+        near = near or [by_name[n] for n in difflib.get_close_matches(name, by_name, 1, 0.5)]
+        hint = f"did you mean {near[0]}?" if near else "configs/ shows the keys there are"
         return f"{key}: unknown key; {hint}"
     if problem["type"] == "missing":
         return f"{key}: missing"
@@ -251,15 +261,13 @@ def _explain(problem: Any) -> str:
     return f"{key}: {message} (got {problem['input']!r})" if key else message
 
 
-def _known_keys() -> dict[str, str]:
-    """Returns every key by its last name, with its full path."""
+def _known_keys() -> list[str]:
+    """Returns every key with its full path."""
     nested = {"train_data": TrainData, "validation_data": ValidationData}
-    keys = {
-        field.name: f"{owner}.{field.name}"
-        for owner, section in nested.items()
-        for field in fields(section)
-    }
-    return keys | {field.name: field.name for field in fields(TuneConfig)}
+    keys = [field.name for field in fields(TuneConfig)]
+    for owner, section in nested.items():
+        keys += [f"{owner}.{field.name}" for field in fields(section)]
+    return keys
 
 
 def _flatten(tree: dict[str, Any], start: str = "") -> dict[str, Any]:

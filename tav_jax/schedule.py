@@ -11,7 +11,7 @@
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +38,9 @@ class NoiseSchedule:
             1 where the scheduler config says `set_alpha_to_one`.
     """
 
-    alphas_cumprod: Float[Array, "t"]
-    final_alpha_cumprod: Scalar
+    # Arrays, one number per timestep and one; or what a transformation puts in their place.
+    alphas_cumprod: Any
+    final_alpha_cumprod: Any
     prediction_type: PredictionType = field(metadata={"static": True})
 
 

@@ -138,7 +138,7 @@ def train_step(
         add_draw, (jnp.float32(0), nothing), jnp.arange(gradient_accumulation_steps)
     )
     loss, gradients = jax.tree.map(lambda x: x / gradient_accumulation_steps, total)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
     return apply_gradients(state, gradients, optimizer), metrics
 
 

@@ -225,7 +225,7 @@ def tune(golden: GoldenSet) -> Iterator[Row]:
         draw = Draw(latents, channels_last(case["noise"][index]), case["timesteps"][index])
         state, loss, gradients = step(state, draw)
         losses.append(loss)
-        norms.append(optax.global_norm(gradients))
+        norms.append(optax.tree.norm(gradients))
         if index == 0:
             first = gradients
     yield compare("tune.loss", losses, case["loss"], SINGLE)

@@ -56,7 +56,7 @@ def attention_at_once(
     """Returns `attention`, all scores in memory together."""
     scores = jnp.einsum("...qhk,...mhk->...hqm", query, key, preferred_element_type=jnp.float32)
     if mask is not None:
-        scores = jnp.where(mask, scores, -jnp.inf)
+        scores = jnp.where(jnp.broadcast_to(mask, scores.shape), scores, -jnp.inf)
     weights = attention_weights(scores, query.shape[-1], value.dtype)
     return jnp.einsum("...hqm,...mhk->...qhk", weights, value)
 
@@ -108,7 +108,11 @@ def first_frame_attention(query: Heads, key: Heads, value: Heads) -> Heads:
     return full_attention(query, key[:, :1], value[:, :1])
 
 
-def full_attention(query: Heads, key: Heads, value: Heads) -> Heads:
+def full_attention(
+    query: Heads,
+    key: Float[Array, "b g n heads k"],
+    value: Float[Array, "b g n heads k"],
+) -> Heads:
     """Returns each token's attention over every token of every frame that key and value hold."""
     frames = query.shape[1]
     query, key, value = (

@@ -91,7 +91,7 @@ class Embeddings(nnx.Module):
 
     def __call__(self, input_ids: TokenIds) -> Float[Array, "b s d"]:
         tokens = self.token_embedding.embedding[...][input_ids]
-        return tokens + self.position_embedding.embedding[...][: input_ids.shape[1]]
+        return tokens + self.position_embedding.embedding[...][None, : input_ids.shape[1]]
 
 
 class Encoder(nnx.Module):

@@ -28,6 +28,11 @@ def fan_in_uniform(key: PRNGKey, shape: tuple[int, ...]) -> Array:
     return draws[:size].reshape(shape) / math.sqrt(size // shape[-1])
 
 
+def along_channels(vector: Float[Array, "c"], x: Float[Array, "*axes c"]) -> Array:
+    """Returns a vector with as many axes as x has, its own the last, in the type of x."""
+    return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
 def group_norm(
     x: Float[Array, "b *axes c"],
     scale: Float[Array, "c"],
@@ -44,8 +49,8 @@ def group_norm(
     grouped = x.reshape(x.shape[0], -1, num_groups, x.shape[-1] // num_groups).astype(jnp.float32)
     mean = grouped.mean((1, 3), keepdims=True)
     variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
-    normed = (grouped - mean) * jax.lax.rsqrt(variance + eps)
-    return (normed.reshape(x.shape) * scale + bias).astype(x.dtype)
+    normed = ((grouped - mean) * jax.lax.rsqrt(variance + eps)).reshape(x.shape)
+    return (normed * along_channels(scale, normed) + along_channels(bias, normed)).astype(x.dtype)
 
 
 def layer_norm(
@@ -55,7 +60,8 @@ def layer_norm(
     wide = x.astype(jnp.float32)
     mean = wide.mean(-1, keepdims=True)
     variance = jnp.square(wide - mean).mean(-1, keepdims=True)
-    return ((wide - mean) * jax.lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
+    normed = (wide - mean) * jax.lax.rsqrt(variance + eps)
+    return (normed * along_channels(scale, normed) + along_channels(bias, normed)).astype(x.dtype)
 
 
 _convolve = partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -116,7 +122,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*axes i"]) -> Float[Array, "*axes o"]:
         y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else y + along_channels(self.bias[...], y)
 
 
 class Conv(nnx.Module):
@@ -141,7 +147,7 @@ class Conv(nnx.Module):
     def __call__(self, x: Float[Array, "*axes h w i"]) -> Float[Array, "*axes h2 w2 o"]:
         pictures = x.reshape(-1, *x.shape[-3:])
         y = convolution(pictures, self.kernel[...].astype(x.dtype), self.stride, self.padding)
-        y = y + self.bias[...].astype(x.dtype)
+        y = y + along_channels(self.bias[...], y)
         return y.reshape(*x.shape[:-3], *y.shape[-3:])
 
 

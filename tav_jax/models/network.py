@@ -28,7 +28,7 @@ class Network(Generic[Module]):
 
     module_class: type[Module] = field(metadata={"static": True})
     config: Any = field(metadata={"static": True})
-    params: Params
+    params: dict[str, Any]  # arrays, or what a transformation puts in their place
 
     def bind(self) -> Module:
         """Returns the module holding these parameters, for use right away."""

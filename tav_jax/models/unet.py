@@ -71,7 +71,8 @@ def timestep_embedding(
     """
     half = dim // 2
     exponents = jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
-    angles = timesteps[:, None].astype(jnp.float32) * jnp.exp(-math.log(10000) * exponents)
+    frequencies = jnp.exp(-math.log(10000) * exponents)
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None, :]
     waves = [jnp.sin(angles), jnp.cos(angles)]
     return jnp.concatenate(waves[::-1] if flip_sin_to_cos else waves, axis=-1)
 

@@ -1,0 +1,133 @@
+"""Fixtures for all tests: keys, and small networks in which nothing is zero by accident."""
+
+import math
+import zlib
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tav_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from tav_jax.models.network import Network, parameter_shapes
+from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
+from tav_jax.models.vae import AutoencoderKL, VAEConfig
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The set of reference numbers that is shipped with the tests."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def key(request):
+    """A key of the test's own, the same at every run."""
+    return jax.random.key(zlib.crc32(request.node.name.encode()) >> 1)
+
+
+@pytest.fixture(scope="session")
+def random_network():
+    """Makes a network in which every parameter matters.
+
+    Fresh networks have biases of zero and scales of one, under which an omitted bias or a wrong
+    scale would go unseen. Kernels keep the variance of what they are given.
+    """
+
+    def make(module_class, config, seed=0):
+        draw = np.random.default_rng(seed).standard_normal
+
+        def value(name, shape):
+            noise = draw(shape)
+            match name.rsplit(".", 1)[-1]:
+                case "kernel":
+                    noise = noise / math.sqrt(math.prod(shape[:-1]))
+                case "scale":
+                    noise = 1 + 0.2 * noise
+                case "bias":
+                    noise = 0.2 * noise
+            return jnp.asarray(noise, jnp.float32)
+
+        shapes = parameter_shapes(module_class, config)
+        params = {name: value(name, leaf.shape) for name, leaf in shapes.items()}
+        return Network(module_class, config, params)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def jit():
+    """Compiles in half the time, to programs that are slower, which tiny networks never notice."""
+    return partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.fixture(scope="session")
+def call(jit):
+    """Runs a network, compiled once for each config and shape, whichever test comes first."""
+    return jit(lambda network, *inputs: network(*inputs))
+
+
+@pytest.fixture(scope="session")
+def unet_config():
+    return UNetConfig(
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        down_attention=(True, False),
+        up_attention=(False, True),
+        num_attention_heads=(2, 4),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        norm_num_groups=4,
+        norm_eps=1e-5,
+        use_linear_projection=False,
+        flip_sin_to_cos=True,
+        freq_shift=0.0,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_unet(random_network, unet_config):
+    return random_network(UNet3DConditionModel, unet_config)
+
+
+@pytest.fixture(scope="session")
+def vae_config():
+    return VAEConfig(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        scaling_factor=0.25,
+        frames_per_chunk=2,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(random_network, vae_config):
+    return random_network(AutoencoderKL, vae_config)
+
+
+@pytest.fixture(scope="session")
+def text_config():
+    return CLIPTextConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=7,
+        layer_norm_eps=1e-5,
+        hidden_act="quick_gelu",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_text_encoder(random_network, text_config):
+    return random_network(CLIPTextModel, text_config)

@@ -1,0 +1,319 @@
+"""A complete Stable Diffusion folder of a few kilobytes, a clip, and the two command lines."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from jax.experimental.compilation_cache import compilation_cache
+
+from tav_jax import tune
+from tav_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from tav_jax.models.network import init_network
+from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
+from tav_jax.models.vae import AutoencoderKL, VAEConfig
+from tav_jax.published_config import write_unet_config
+from tav_jax.video import write_video
+from tav_jax.weights import TEMPORAL, in_modules, save_tensors
+
+REPOSITORY = Path(__file__).parents[2]
+TOKENIZER = REPOSITORY / "tests/golden/base/tokenizer"
+
+# As small as two levels, both attentions and a skip of each kind allow: a program of it compiles
+# in a few seconds.
+UNET = UNetConfig(
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(8, 16),
+    down_attention=(True, False),
+    up_attention=(False, True),
+    num_attention_heads=(2, 2),
+    layers_per_block=1,
+    cross_attention_dim=8,
+    norm_num_groups=4,
+    norm_eps=1e-5,
+    use_linear_projection=False,
+    flip_sin_to_cos=True,
+    freq_shift=0.0,
+)
+VAE = VAEConfig(
+    in_channels=3,
+    out_channels=3,
+    latent_channels=4,
+    block_out_channels=(8, 8, 8),
+    layers_per_block=1,
+    norm_num_groups=4,
+    scaling_factor=0.18215,
+)
+TEXT = CLIPTextConfig(
+    vocab_size=2014,  # of the tokenizer in tests/golden/base
+    hidden_size=8,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=77,
+    layer_norm_eps=1e-5,
+    hidden_act="quick_gelu",
+)
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def write_model(folder: Path) -> None:
+    """Writes an image model's folder in the Hub's layout, with random weights."""
+    keys = jax.random.split(jax.random.key(7), 3)
+    unet = init_network(UNet3DConditionModel, UNET, keys[0]).params
+    published_unet = {
+        name: [kind.replace("3D", "2D") for kind in value] if name.endswith("types") else value
+        for name, value in write_unet_config(UNET).items()
+        if name != "mid_block_type"
+    }
+    networks = {
+        "unet/diffusion_pytorch_model": (
+            published_unet | {"_class_name": "UNet2DConditionModel"},
+            {name: value for name, value in unet.items() if not in_modules(name, TEMPORAL)},
+        ),
+        "vae/diffusion_pytorch_model": (
+            {
+                "_class_name": "AutoencoderKL",
+                "in_channels": VAE.in_channels,
+                "out_channels": VAE.out_channels,
+                "latent_channels": VAE.latent_channels,
+                "block_out_channels": VAE.block_out_channels,
+                "down_block_types": ["DownEncoderBlock2D"] * len(VAE.block_out_channels),
+                "up_block_types": ["UpDecoderBlock2D"] * len(VAE.block_out_channels),
+                "layers_per_block": VAE.layers_per_block,
+                "norm_num_groups": VAE.norm_num_groups,
+            },
+            init_network(AutoencoderKL, VAE, keys[1]).params,
+        ),
+        "text_encoder/model": (
+            {name: value for name, value in vars(TEXT).items() if name != "dtype"},
+            init_network(CLIPTextModel, TEXT, keys[2]).params,
+        ),
+    }
+    for stem, (config, params) in networks.items():
+        save_tensors(folder / f"{stem}.safetensors", params)
+        (folder / stem).with_name("config.json").write_text(json.dumps(config))
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    shutil.copytree(TOKENIZER, folder / "tokenizer")
+
+
+def write_clip(path: Path, frames: int = 12, side: int = 64) -> None:
+    """Writes a bright square that goes right and down over a dark gradient."""
+    video = np.zeros((frames, side, side, 3), np.uint8)
+    video[..., 2] = np.linspace(0, 120, side, dtype=np.uint8)
+    for index, frame in enumerate(video):
+        at = 4 + 3 * index
+        frame[at : at + 16, at : at + 16] = (250, 200, 40)
+    write_video(path, video)
+
+
+# Compiling is nearly all of these tests' time. LLVM's costly passes are left out, and what is
+# compiled goes to a folder that all runs of the session share, those in other processes too.
+QUICK = {
+    "jax_disable_most_optimizations": True,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+@contextlib.contextmanager
+def compiling_quickly(cache: Path) -> Iterator[None]:
+    settings = QUICK | {"jax_compilation_cache_dir": str(cache)}
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.getbasetemp()
+    # The workers of pytest-xdist each have a folder of their own inside the session's.
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compile-cache"
+
+
+@pytest.fixture(scope="module")
+def quick_compiles(compile_cache: Path) -> Iterator[None]:
+    with compiling_quickly(compile_cache):
+        yield
+
+
+_compiled: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, **info: (
+        _compiled.append(str(info.get("fun_name"))) if "backend_compile" in event else None
+    )
+)
+
+
+@pytest.fixture
+def compiled() -> list[str]:
+    """The programs compiled since the test began."""
+    _compiled.clear()
+    return _compiled
+
+
+@dataclass(frozen=True)
+class Material:
+    """A model's folder, a clip, and the settings of a run on both."""
+
+    model: Path
+    clip: Path
+    settings: dict
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    folder = tmp_path_factory.mktemp("material")
+    model, clip = folder / "model", folder / "moving square.mp4"
+    write_model(model)
+    write_clip(clip)
+    settings = {
+        "pretrained_model_path": str(model),
+        "train_data": {
+            "video_path": str(clip),
+            "prompt": "a square is moving",
+            "n_sample_frames": 4,
+            "width": 32,
+            "height": 32,
+            "sample_start_idx": 1,
+            "sample_frame_rate": 2,
+        },
+        "validation_data": {
+            "prompts": ["a ball is moving", "a square is moving, cartoon style", "a cat"],
+            "num_inference_steps": 3,
+            "num_inv_steps": 3,
+        },
+        # Steps 4 and 6 are validated and steps 3 and 6 saved, so that a run can be stopped
+        # between the two.
+        "max_train_steps": 6,
+        "checkpointing_steps": 3,
+        "validation_steps": 4,
+        "learning_rate": 3e-3,
+        "gradient_checkpointing": False,
+        "seed": 33,
+    }
+    return Material(model, clip, settings)
+
+
+@pytest.fixture
+def write_config(material: Material, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a config over the material, `output_dir` being `tmp_path / "run"`; returns its path.
+
+    A value given as a dictionary is put over the section of that name, None removes a key.
+    """
+
+    def write(**changes: object) -> Path:
+        settings = {"output_dir": str(tmp_path / "run")} | material.settings
+        for name, value in changes.items():
+            old = settings.get(name)
+            settings[name] = old | value if isinstance(old, dict) else value
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not None}))
+        return path
+
+    return write
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended, and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs a command line in this process: `cli(tav_jax.tune, "--config", path)`."""
+
+    def run(module: ModuleType, *args: object) -> Outcome:
+        capsys.readouterr()
+        status = module.main([str(arg) for arg in args])
+        return Outcome(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def start(compile_cache: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts `python ARGS...` in a process of its own, as a user would."""
+    environment = os.environ | {name.upper(): str(value) for name, value in QUICK.items()}
+    environment |= {
+        "JAX_COMPILATION_CACHE_DIR": str(compile_cache),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+    }
+    processes = []
+
+    def run(*args: object) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, args)],
+            env=environment,
+            cwd=tmp_path,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that nothing has interrupted; not to be written to."""
+
+    folder: Path
+    config: Path
+    out: str
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    material: Material, compile_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> FinishedRun:
+    folder = tmp_path_factory.mktemp("finished")
+    config = folder / "finished.yaml"
+    config.write_text(yaml.safe_dump({"output_dir": str(folder / "run")} | material.settings))
+    said = io.StringIO()
+    with compiling_quickly(compile_cache), contextlib.redirect_stdout(said):
+        assert tune.main(["--config", str(config)]) == 0
+    return FinishedRun(folder / "run", config, said.getvalue())
+
+
+@pytest.fixture
+def run_copy(finished_run: FinishedRun, tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may write to."""
+    return Path(shutil.copytree(finished_run.folder, tmp_path / "run"))

@@ -1,0 +1,184 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tav_jax.models.attention import (
+    FRAME_ATTENTION,
+    Attention,
+    attention,
+    attention_at_once,
+    attention_by_head,
+    attention_weights,
+)
+
+# The frames whose tokens each of four frames looks at. Sparse-causal frame 1 sees frame 0 as the
+# first and as the former, which doubles its keys and changes nothing.
+LOOKS_AT = {
+    "sparse_causal": [[0, 0], [0, 0], [0, 1], [0, 2]],
+    "spatial": [[0], [1], [2], [3]],
+    "first_frame": [[0], [0], [0], [0]],
+    "full": [[0, 1, 2, 3]] * 4,
+}
+SCOPES = pytest.mark.parametrize("scope", sorted(LOOKS_AT))
+
+ROUNDING = 1e-5  # float32 against float64, for values around 1
+BFLOAT16_STEP = 2**-7  # spacing of bfloat16 above 1; a result is rounded two or three times
+
+ATTEND = {scope: jax.jit(attend) for scope, attend in FRAME_ATTENTION.items()}
+attend_within = jax.jit(attention)
+
+
+def squares(attend):
+    return jax.jit(
+        jax.grad(lambda *inputs: jnp.sum(jnp.square(attend(*inputs))), argnums=(0, 1, 2))
+    )
+
+
+@pytest.fixture
+def heads(key):
+    """Query, key and value of 2 clips, 4 frames, 3 tokens and 2 heads of width 4."""
+    return np.array(jax.random.normal(key, (3, 2, 4, 3, 2, 4)))
+
+
+def attend_one(query, keys, values):
+    """One query of one head: softmax(q . k_j / sqrt(k)) . v_j, in float64."""
+    scores = keys @ query / np.sqrt(len(query))
+    weights = np.exp(scores - scores.max())
+    return weights @ values / weights.sum()
+
+
+def attend_by_definition(query, key, value, looks_at):
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = np.empty_like(query)
+    for item, frame, token, head in np.ndindex(query.shape[:-1]):
+        keys = np.concatenate([key[item, seen, :, head] for seen in looks_at[frame]])
+        values = np.concatenate([value[item, seen, :, head] for seen in looks_at[frame]])
+        out[item, frame, token, head] = attend_one(query[item, frame, token, head], keys, values)
+    return out
+
+
+def test_every_scope_has_a_definition():
+    assert set(FRAME_ATTENTION) == set(LOOKS_AT)
+
+
+@SCOPES
+def test_attention_between_frames_follows_its_definition(heads, scope):
+    expected = attend_by_definition(*heads, LOOKS_AT[scope])
+    np.testing.assert_allclose(ATTEND[scope](*heads), expected, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("scope", ["sparse_causal", "spatial", "first_frame"])
+def test_first_frame_attends_only_to_itself(heads, scope):
+    ours = ATTEND[scope](*heads)
+    alone = attend_by_definition(*heads[:, :, :1], looks_at=[[0]])
+    np.testing.assert_allclose(ours[:, :1], alone, atol=ROUNDING)
+    heads[:, :, 1:] += 1
+    np.testing.assert_array_equal(ours[:, 0], ATTEND[scope](*heads)[:, 0])
+
+
+@SCOPES
+def test_one_frame_attends_to_itself_under_every_scope(heads, scope):
+    one = heads[:, :, :1]
+    expected = attend_by_definition(*one, looks_at=[[0]])
+    np.testing.assert_allclose(ATTEND[scope](*one), expected, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("scope", ["sparse_causal", "spatial", "full"])
+def test_large_grids_are_attended_to_by_the_same_definition(key, scope):
+    # A CPU takes large scores head by head; enough tokens here for every scope to do so.
+    heads = np.array(jax.random.normal(key, (3, 1, 4, 64, 2, 4)))
+    expected = attend_by_definition(*heads, LOOKS_AT[scope])
+    np.testing.assert_allclose(ATTEND[scope](*heads), expected, atol=ROUNDING)
+
+
+def test_head_by_head_gives_the_values_and_gradients_of_all_at_once(heads):
+    by_head, at_once = jax.jit(attention_by_head), jax.jit(attention_at_once)
+    np.testing.assert_allclose(by_head(*heads), at_once(*heads), atol=ROUNDING)
+    for ours, expected in zip(
+        squares(attention_by_head)(*heads), squares(attention_at_once)(*heads), strict=True
+    ):
+        np.testing.assert_allclose(ours, expected, atol=ROUNDING)
+
+
+def test_mask_hides_keys_completely(heads):
+    causal = np.tril(np.ones((4, 4), bool))
+    query, keys, values = heads[:, 0, :, 0]  # the frames serve as four tokens
+    ours = attend_within(query, keys, values, causal)
+    for token, head in np.ndindex(4, 2):
+        seen = slice(token + 1)
+        expected = attend_one(query[token, head], keys[seen, head], values[seen, head])
+        np.testing.assert_allclose(ours[token, head], expected, atol=ROUNDING)
+    keys[3], values[3] = 1e3, 1e3
+    np.testing.assert_array_equal(ours[:3], attend_within(query, keys, values, causal)[:3])
+
+
+def test_scores_are_divided_by_the_root_of_the_head_width():
+    # One query of 16 ones; scores of 0 and 4 log(3), so weights of 1/4 and 3/4.
+    keys = np.zeros((2, 1, 16), np.float32)
+    keys[1] = np.log(3) / 4
+    values = np.zeros((2, 1, 16), np.float32)
+    values[1] = 1
+    ours = attend_within(np.ones((1, 1, 16), np.float32), keys, values)
+    np.testing.assert_allclose(ours, 0.75, rtol=1e-6)
+
+
+def test_weights_sum_to_one_over_the_keys(heads):
+    weights = attention_weights(jnp.asarray(10 * heads), 4, jnp.dtype("float32"))
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+
+
+@SCOPES
+def test_softmax_of_bfloat16_inputs_is_float32(heads, scope):
+    # A common 300 in every score, where bfloat16 is spaced by 2: rounding the scores there, before
+    # they are divided by sqrt(4), would change weights by factors around e.
+    heads[0, ..., 0], heads[1, ..., 0] = 300, 1
+    rounded = heads.astype(jnp.bfloat16)
+    ours = ATTEND[scope](*rounded)
+    assert ours.dtype == jnp.bfloat16
+    expected = attend_by_definition(*rounded, LOOKS_AT[scope])
+    largest = np.abs(heads[2]).max()
+    np.testing.assert_allclose(np.asarray(ours, np.float64), expected, atol=BFLOAT16_STEP * largest)
+
+
+@SCOPES
+def test_large_logits_neither_overflow_nor_spoil_gradients(heads, scope):
+    # exp overflows float32 at 89; these scores reach tens of thousands.
+    heads[:2] *= 100
+    expected = attend_by_definition(*heads, LOOKS_AT[scope])
+    np.testing.assert_allclose(ATTEND[scope](*heads), expected, atol=10 * ROUNDING)
+    for gradient in squares(FRAME_ATTENTION[scope])(*heads):
+        assert np.isfinite(gradient).all()
+
+
+def test_gradients_through_a_mask_are_finite_and_zero_where_hidden(heads):
+    causal = jnp.tril(jnp.ones((4, 4), bool))
+
+    def first_three(query, key, value):
+        return attention(query, key, value, causal)[:3]
+
+    for gradient in squares(first_three)(*heads[:, 0, :, 0]):
+        assert np.isfinite(gradient).all()
+        assert np.any(gradient[:3] != 0)
+        assert np.all(gradient[3] == 0)
+
+
+def test_heads_are_neighbouring_slices_of_the_width(key):
+    # Cross-attention: 3 queries of width 6 in 2 heads, 4 context tokens of width 5.
+    module = Attention(6, 2, context_dim=5, rngs=nnx.Rngs(0))
+    module.to_out[0].bias[...] = jnp.arange(6.0)
+    draws = jax.random.normal(key, (2, 4, 6))
+    x, context = draws[:, :3], draws[..., :5]
+    query, keys, values = (
+        np.asarray(y) @ np.asarray(layer.kernel[...])
+        for y, layer in ((x, module.to_q), (context, module.to_k), (context, module.to_v))
+    )
+    mixed = np.empty((2, 3, 6))
+    for item, token, head in np.ndindex(2, 3, 2):
+        width = slice(3 * head, 3 * head + 3)
+        mixed[item, token, width] = attend_one(
+            query[item, token, width], keys[item, :, width], values[item, :, width]
+        )
+    expected = mixed @ np.asarray(module.to_out[0].kernel[...]) + np.arange(6)
+    np.testing.assert_allclose(module(x, context), expected, atol=ROUNDING)
