@@ -29,8 +29,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from tav_jax.cli import command, say
-from tav_jax.runs import open_run
-from tav_jax.sample import Sample, sample_run
+from tav_jax.sample import Sample, plan_samples, sample_run
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -39,7 +38,7 @@ class Item:
 
     run: str
     prompt: str
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     negative_prompt: str | None = None
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
     num_inference_steps: Annotated[int, Field(gt=0, lt=1000)] | None = None
@@ -64,7 +63,7 @@ def read_plan(path: Path) -> list[Item]:
         ValueError: the file is no plan; every offending line or key is listed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     rows = list(_csv_rows(text) if path.suffix == ".csv" else _yaml_rows(text, path))
@@ -123,16 +122,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--batch-size {args.batch_size}: expected 1 or more")
     items = read_plan(args.plan)
     by_run = {run: [item for item in items if item.run == run] for run in {i.run: 0 for i in items}}
-    for run in by_run:
-        open_run(run)  # every run is looked at before the first is sampled
+    jobs, problems = [], []
+    for run, wanted in by_run.items():  # all are looked at before the first is sampled
+        try:
+            jobs.append(
+                plan_samples(run, lambda default, w=wanted: [i.to_sample(default) for i in w])
+            )
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
     written = []
-    for run, wanted in by_run.items():
-        say(f"{run}: {len(wanted)} videos")
-        written += sample_run(
-            run,
-            lambda default, wanted=wanted: [item.to_sample(default) for item in wanted],
-            batch_size=args.batch_size,
-        )
+    for job in jobs:
+        say(f"{job.run.folder}: {len(job.samples)} videos")
+        written += sample_run(job, batch_size=args.batch_size)
     say(f"{len(written)} videos written, {len(items) - len(written)} were there already")
 
 

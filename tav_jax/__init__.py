@@ -56,6 +56,7 @@ from tav_jax.stable_diffusion import (  # noqa: E402
     load_tokenizer,
     load_unet,
     load_vae,
+    save_model,
     save_unet,
     tokenize,
 )
@@ -120,6 +121,7 @@ __all__ = [
     "read_frames",
     "sample_latents",
     "sample_posterior",
+    "save_model",
     "save_unet",
     "side_by_side",
     "sparse_causal_attention",

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from tav_jax.training import TrainState
@@ -92,8 +93,9 @@ def restore_item(path: Path, item: str, like: Any) -> Any:
             restored = manager.restore(int(path.name), args=args)[item]
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise ValueError(f"{path}: {MISFIT}: {' '.join(str(error).split())[:300]}") from None
-    # A copy of our own: Orbax's buffers may be shared, and the train step donates its state.
-    return jax.tree.map(jnp.copy, restored)
+    # Copies of our own, since Orbax's buffers may be shared and the train step donates its state;
+    # and bound to no device, since the first step's would be, which would compile it twice.
+    return jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), restored)
 
 
 def _differences(item: Path, like: Params) -> list[str]:

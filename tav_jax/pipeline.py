@@ -6,6 +6,7 @@ Everything is compiled here once per shape; the rooms below hold plain functions
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import SupportsInt
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ class _ProgressBar:
 
     bar: tqdm | None = None
 
-    def __call__(self, done: np.ndarray) -> None:
+    def __call__(self, done: SupportsInt) -> None:
         if self.bar is not None:
             self.bar.update(int(done) - self.bar.n)
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -59,7 +60,8 @@ def claim_folder(config: TuneConfig) -> RunFolder:
     run = RunFolder(config.output_dir)
     if run.config.is_file():
         theirs, _ = load_config(run.config)
-        differing = differences(config, theirs)
+        # Where it stands says nothing: a folder may be renamed, or mounted elsewhere.
+        differing = differences(config, replace(theirs, output_dir=config.output_dir))
         if differing:
             raise ValueError(
                 f"output_dir: {run.folder} is a run of other settings; name another output_dir, "

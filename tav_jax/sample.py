@@ -14,7 +14,14 @@ from jaxtyping import UInt8
 from tav_jax.cli import command, say
 from tav_jax.config import TuneConfig
 from tav_jax.pipeline import decode_latents, random_latents, sample_latents
-from tav_jax.runs import inverted_clip, load_tuned, open_run, read_clip, written_whole
+from tav_jax.runs import (
+    RunFolder,
+    inverted_clip,
+    load_tuned,
+    open_run,
+    read_clip,
+    written_whole,
+)
 from tav_jax.stable_diffusion import Model
 from tav_jax.types import Latents
 from tav_jax.video import (
@@ -28,6 +35,7 @@ from tav_jax.video import (
 )
 
 Frames = UInt8[np.ndarray, "f H W 3"]
+SHEET, BESIDE = "contact-sheet", "side-by-side"
 ROWS_OF_SHEET = 24
 VIDEOS_BESIDE = 4
 
@@ -55,7 +63,8 @@ class Sample:
 
     @property
     def stem(self) -> str:
-        return file_stem(self.prompt) + (f"-seed{self.seed}" if self.name_seed else "")
+        stem = file_stem(self.prompt) + (f"-seed{self.seed}" if self.name_seed else "")
+        return f"{stem}-prompt" if stem in (SHEET, BESIDE) else stem
 
     @property
     def alike(self) -> "Sample":
@@ -160,12 +169,18 @@ def write_samples(
 
 def _write_sample(sample: Sample, video: Frames, folder: Path, config: TuneConfig) -> Path:
     validation = config.validation_data
-    # The settings first: where there is a video, there are its settings.
+    video_path = folder / f"{sample.stem}.{validation.video_format}"
+    # A video that is to be overwritten goes first and the settings come before the new one, so
+    # that no video ever stands beside the settings of another.
+    video_path.unlink(missing_ok=True)
     with written_whole(folder / f"{sample.stem}.json") as path:
         path.write_text(json.dumps(asdict(sample), indent=2, ensure_ascii=False) + "\n")
-    path = folder / f"{sample.stem}.{validation.video_format}"
-    write_video(path, video, fps=validation.fps)
-    return path
+    write_video(video_path, video, fps=validation.fps)
+    return video_path
+
+
+def has_overview(folder: Path) -> bool:
+    return (folder / f"{SHEET}.png").is_file()
 
 
 def write_overview(folder: Path, config: TuneConfig, source: Frames | None) -> list[Path]:
@@ -186,59 +201,89 @@ def write_overview(folder: Path, config: TuneConfig, source: Frames | None) -> l
             rows[label] = read_frames(video, n_sample_frames=frames, width=width, height=height)
     if not rows:
         return []
-    sheet, beside = folder / "contact-sheet.png", folder / f"side-by-side.{suffix}"
+    sheet, beside = folder / f"{SHEET}.png", folder / f"{BESIDE}.{suffix}"
     write_image(sheet, contact_sheet(rows))
     shown = list(rows.values())[: 1 + VIDEOS_BESIDE]
     write_video(beside, side_by_side(*shown), fps=config.validation_data.fps)
     return [sheet, beside]
 
 
-def sample_run(
+@dataclass(frozen=True)
+class Job:
+    """What a run is to sample, checked against what it has."""
+
+    run: RunFolder
+    config: TuneConfig
+    step: int
+    folder: Path
+    samples: list[Sample]
+    wanted: list[Sample]
+
+
+def plan_samples(
     run_folder: str | Path,
     make_samples: Callable[[Sample], list[Sample]],
     *,
     step: int | None = None,
     output_dir: str | Path | None = None,
-    batch_size: int = 1,
     overwrite: bool = False,
-) -> list[Path]:
-    """Returns the paths of the videos that a run did not have yet and has now.
-
-    The model is loaded only if something is missing.
+) -> Job:
+    """Returns what is to be sampled from a run, having changed nothing.
 
     Args:
-        make_samples: Given what the run's settings say, returns what is wanted.
+        make_samples: Given what the run's settings say, returns what is asked for.
         output_dir: By default the run's `samples/sample-<step>`.
+
+    Raises:
+        FileNotFoundError: there is no such run or checkpoint.
+        FileExistsError: videos of those names are there which other settings made; lists all.
     """
     run, config, step = open_run(run_folder, step)
     samples = make_samples(default_sample(config, step))
     folder = Path(output_dir) if output_dir else run.samples(step)
-    suffix = config.validation_data.video_format
-    wanted = [one for one in samples if overwrite or not is_done(one, folder, suffix)]
-    if len(wanted) < len(samples):
-        say(f"{len(samples) - len(wanted)} of {len(samples)} videos are there already: skipped")
-    if not wanted:
-        return []
-    _say_if_seeds_do_nothing(wanted)
-    model = load_tuned(run, config, step)
+    wanted, problems = [], []
+    for sample in samples:
+        try:
+            if overwrite or not is_done(sample, folder, config.validation_data.video_format):
+                wanted.append(sample)
+        except FileExistsError as error:
+            problems.append(str(error))
+    if problems:
+        raise FileExistsError("\n".join(problems))
+    return Job(run, config, step, folder, samples, wanted)
+
+
+def sample_run(job: Job, *, batch_size: int = 1) -> list[Path]:
+    """Returns the paths of the videos that a run did not have yet and has now.
+
+    The model is loaded only if something is missing.
+    """
+    run, config, step, folder = job.run, job.config, job.step, job.folder
+    if len(job.wanted) < len(job.samples):
+        skipped = len(job.samples) - len(job.wanted)
+        say(f"{skipped} of {len(job.samples)} videos are there already: skipped")
     written = []
-    for path in write_samples(
-        model,
-        config,
-        wanted,
-        lambda num_inv_steps: inverted_clip(run, config, model, step, num_inv_steps),
-        folder,
-        batch_size=batch_size,
-    ):
-        say(f"wrote {path}")
-        written.append(path)
-    try:
-        source = read_clip(config)
-    except (OSError, ValueError) as error:
-        say(f"the contact sheet goes without the clip: {error}")
-        source = None
-    for path in write_overview(folder, config, source):
-        say(f"wrote {path}")
+    if job.wanted:
+        _say_if_seeds_do_nothing(job.wanted)
+        model = load_tuned(run, config, step)
+        for path in write_samples(
+            model,
+            config,
+            job.wanted,
+            lambda num_inv_steps: inverted_clip(run, config, model, step, num_inv_steps),
+            folder,
+            batch_size=batch_size,
+        ):
+            say(f"wrote {path}")
+            written.append(path)
+    if written or not has_overview(folder):
+        try:
+            source = read_clip(config)
+        except (OSError, ValueError) as error:
+            say(f"the contact sheet goes without the clip: {error}")
+            source = None
+        for path in write_overview(folder, config, source):
+            say(f"wrote {path}")
     return written
 
 
@@ -258,7 +303,7 @@ def read_prompts(path: str | Path) -> list[str]:
         ValueError: the file is missing, no text, or empty.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts: {path}: {error}") from None
     prompts = [line.strip() for line in lines if line.strip()]
@@ -314,6 +359,11 @@ def _check(args: argparse.Namespace) -> None:
         for name, (low, high) in bounds.items()
         if (value := getattr(args, name)) is not None and not low <= value <= high
     ]
+    problems += [
+        f"--seeds {seed}: expected 0 to 2^63 - 1"
+        for seed in args.seeds or []
+        if not 0 <= seed < 2**63
+    ]
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -325,6 +375,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
         raise ValueError("no prompts: give --prompt TEXT or --prompts FILE")
+    if garbled := [prompt for prompt in prompts if not prompt.isprintable()]:
+        raise ValueError("\n".join(f"--prompt: not a line of text: {one!r}" for one in garbled))
 
     def make_samples(default: Sample) -> list[Sample]:
         names = ("negative_prompt", "guidance_scale", "num_inference_steps", "num_inv_steps", "eta")
@@ -339,14 +391,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             for seed in dict.fromkeys(seeds)
         ]
 
-    sample_run(
+    job = plan_samples(
         args.run,
         make_samples,
         step=args.step,
         output_dir=args.output_dir,
-        batch_size=args.batch_size,
         overwrite=args.overwrite,
     )
+    sample_run(job, batch_size=args.batch_size)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,14 @@ from tav_jax.runs import (
     record_config,
     written_whole,
 )
-from tav_jax.sample import Frames, default_sample, is_done, write_overview, write_samples
+from tav_jax.sample import (
+    Frames,
+    default_sample,
+    has_overview,
+    is_done,
+    write_overview,
+    write_samples,
+)
 from tav_jax.stable_diffusion import Model, tokenize
 from tav_jax.training import NotLearningError, TrainState, check_movement, fingerprints, init_state
 
@@ -72,6 +79,11 @@ def tune(config: TuneConfig) -> None:
     state = init_state(model.unet, optimizer, jax.random.key(config.seed))
     state = resume(run, config, state, trained_names)
     start, end = int(state.step), config.max_train_steps
+    if start >= end and latest_step(run.checkpoints) is None:
+        raise ValueError(
+            f"resume_from_checkpoint: {config.resume_from_checkpoint} has step {start} already; "
+            f"max_train_steps is {end}, set it higher"
+        )
     record_config(run, config)
     if start and is_validated(config, start):
         # A run that was stopped between a checkpoint and its samples still owes them.
@@ -169,7 +181,7 @@ def validate(run: RunFolder, config: TuneConfig, model: Model, step: int, source
     folder, suffix = run.samples(step), config.validation_data.video_format
     samples = [replace(default, prompt=prompt) for prompt in config.validation_data.prompts]
     samples = [sample for sample in samples if not is_done(sample, folder, suffix)]
-    if not samples:
+    if not samples and (has_overview(folder) or not config.validation_data.prompts):
         return
     paths = write_samples(
         model,

@@ -90,6 +90,7 @@ def merge(
     Raises:
         ValueError: tensors are missing, left over or of other shapes; all are listed.
     """
+    published = {tensor_name(name): name for name in shapes}
     params: Params = {}
     met = set()
     problems = []
@@ -97,6 +98,8 @@ def merge(
         if published_name in IGNORED:
             continue
         name, value = to_parameter(published_name, tensor)
+        # A weight of another rank is still that weight, and has a wrong shape.
+        name = published.get(tensor_name(name), name)
         if name in met:
             problems.append(f"  twice, under two names: {published_name} {list(tensor.shape)}")
         met.add(name)

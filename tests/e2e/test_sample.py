@@ -47,7 +47,7 @@ def frames_of(monkeypatch):
 
 def test_prompts_come_from_the_command_line_and_from_a_file(finished_run, cli, tmp_path, compiled):
     prompts = tmp_path / "my prompts.txt"
-    prompts.write_text("a dog is moving\n\n  滑雪的熊猫 🐼 \na dog is moving\n", encoding="utf-8")
+    prompts.write_text("a dog is moving\n\n  滑雪的　👩‍🚀 \na dog is moving\n", encoding="utf-8")
     folder = tmp_path / "two words" / "edits"
     outcome = cli(
         sample,
@@ -59,7 +59,7 @@ def test_prompts_come_from_the_command_line_and_from_a_file(finished_run, cli, t
     assert outcome.status == 0
     assert outcome.err == ""
     [odd] = folder.glob("a_b_ is it moving_-*.mp4")
-    stems = [odd.stem, "a bird", "a dog is moving", "滑雪的熊猫 🐼"]
+    stems = [odd.stem, "a bird", "a dog is moving", "滑雪的　👩‍🚀"]
     names = [f"{stem}.{suffix}" for stem in stems for suffix in ("mp4", "json")]
     assert {path.name for path in folder.iterdir()} == {
         *names,
@@ -75,8 +75,8 @@ def test_prompts_come_from_the_command_line_and_from_a_file(finished_run, cli, t
     assert beside.shape == (4, 32, 160, 3)
     with Image.open(folder / "contact-sheet.png") as sheet:
         assert sheet.height > 5 * 64
-    settings = json.loads((folder / "滑雪的熊猫 🐼.json").read_text(encoding="utf-8"))
-    assert settings["prompt"] == "滑雪的熊猫 🐼"
+    settings = json.loads((folder / "滑雪的　👩‍🚀.json").read_text(encoding="utf-8"))
+    assert settings["prompt"] == "滑雪的　👩‍🚀"
     assert settings["step"] == 6
     assert settings["guidance_scale"] == 12.5
     # A checkpoint is sampled from by the program that a run compiles for its own samples.
@@ -422,14 +422,6 @@ def test_a_file_with_a_byte_order_mark_has_the_prompts_that_one_sees(finished_ru
             id="numbers",
         ),
         pytest.param(
-            [
-                *("--run", "{run}", "--random-noise", "--output-dir", "{tmp}/edits"),
-                *("--seeds", "0,99999999999999999999"),
-            ],
-            ["99999999999999999999"],
-            id="a seed that is too long",
-        ),
-        pytest.param(
             ["--run", "{run}", "--prompt", "not UTF-8 in a terminal: \udcff"],
             ["\\udcff"],
             id="a prompt that is no text",
@@ -466,12 +458,12 @@ def test_without_prompts_it_is_said_how_to_give_them(finished_run, cli):
     assert outcome.err == "error: no prompts: give --prompt TEXT or --prompts FILE\n"
 
 
-@pytest.mark.parametrize("seeds", ["a,b", "0;1", "0,", "1.5"])
-def test_seeds_that_are_no_numbers_are_quoted(seeds, finished_run, capsys):
+@pytest.mark.parametrize("seeds", ["a,b", "0;1", "0,", "1.5", "0,99999999999999999999"])
+def test_seeds_that_are_none_are_quoted(seeds, finished_run, capsys):
     with pytest.raises(SystemExit) as ended:
         sample.main(["--run", str(finished_run.folder), "--prompt", "a", "--seeds", seeds])
     assert ended.value.code == 2
-    assert f"'{seeds}': expected numbers, as in 0,1,2" in capsys.readouterr().err
+    assert f"'{seeds}': expected numbers" in capsys.readouterr().err
 
 
 def test_a_wrong_input_ends_a_process_with_status_1_and_no_traceback(start):

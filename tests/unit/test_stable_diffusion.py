@@ -24,6 +24,7 @@ from tav_jax.stable_diffusion import (
     load_model,
     load_tokenizer,
     load_unet,
+    save_model,
     save_unet,
     tokenize,
 )
@@ -585,3 +586,23 @@ def test_a_folder_is_itself_and_tilde_is_home(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     assert find_folder(str(folder)) == folder
     assert find_folder("~/model") == folder
+
+
+def test_a_saved_model_is_loaded_as_it_was(tmp_path):
+    model = load_model(GOLDEN / "base")
+    flat = model.unet.with_config(temporal_attention=False)
+    flat = flat.with_params(
+        {name: value for name, value in flat.params.items() if "_temp." not in name}
+    )
+    scheduler = json.loads((GOLDEN / "base/scheduler/scheduler_config.json").read_text())
+    save_model(tmp_path / "copy", model.with_unet(flat), scheduler)
+    again = load_model(tmp_path / "copy")
+    for part in ("unet", "vae", "text_encoder"):
+        ours, theirs = getattr(again, part), getattr(model, part)
+        assert ours.config == theirs.config
+        assert ours.params.keys() == theirs.params.keys()
+        for name, value in theirs.params.items():
+            np.testing.assert_array_equal(ours.params[name], value)
+    prompt = ["a panda, cartoon style"]
+    np.testing.assert_array_equal(tokenize(again, prompt), tokenize(model, prompt))
+    np.testing.assert_array_equal(again.schedule.alphas_cumprod, model.schedule.alphas_cumprod)

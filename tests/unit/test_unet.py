@@ -313,23 +313,31 @@ def test_neighbouring_timesteps_stay_apart(tiny_unet, call, inputs, dtype):
 
 
 @pytest.fixture(scope="module")
-def gradients_of(jit, inputs):
-    return jit(jax.value_and_grad(lambda unet: jnp.sum(jnp.square(unet(*inputs)))))
+def gradients_of(jit, random_network, unet_config, inputs):
+    """Value and gradients of a loss of a network with modules of each kind and one transformer."""
+    none = {"down_attention": (False, False), "up_attention": (False, False)}
+    unet = random_network(UNet3DConditionModel, replace(unet_config, **none))
+    run = jit(jax.value_and_grad(lambda unet: jnp.sum(jnp.square(unet(*inputs)))))
+
+    def gradients_of(**changes):
+        loss, gradients = run(unet.with_config(**changes))
+        return loss, gradients.params
+
+    return gradients_of
 
 
-def test_every_parameter_takes_part(tiny_unet, gradients_of):
-    _, gradients = gradients_of(tiny_unet)
-    assert [name for name, value in gradients.params.items() if not np.any(value)] == []
+def test_every_parameter_takes_part(gradients_of):
+    _, gradients = gradients_of()
+    assert [name for name, gradient in gradients.items() if not np.any(gradient)] == []
 
 
-def test_gradient_checkpointing_changes_neither_values_nor_gradients(tiny_unet, gradients_of):
-    value, gradients = gradients_of(tiny_unet)
-    again, gradients_again = gradients_of(tiny_unet.with_config(gradient_checkpointing=True))
-    assert relative_error(again, value) < ROUNDING
-    largest = max(np.linalg.norm(gradient) for gradient in gradients.params.values())
-    for name, gradient in gradients.params.items():
-        difference = np.linalg.norm(gradients_again.params[name] - gradient)
-        assert difference < ROUNDING * largest, name
+def test_gradient_checkpointing_changes_neither_values_nor_gradients(gradients_of):
+    loss, gradients = gradients_of()
+    loss_again, gradients_again = gradients_of(gradient_checkpointing=True)
+    assert relative_error(loss_again, loss) < ROUNDING
+    largest = max(np.linalg.norm(gradient) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        assert np.linalg.norm(gradients_again[name] - gradient) < ROUNDING * largest, name
 
 
 def test_gradient_checkpointing_wraps_each_residual_block_and_transformer(tiny_unet, inputs):
