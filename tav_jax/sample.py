@@ -314,9 +314,12 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def _seeds(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        seeds = [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}': expected numbers, as in 0,1,2") from None
+    if not all(0 <= seed < 2**63 for seed in seeds):
+        raise argparse.ArgumentTypeError(f"'{text}': expected numbers from 0 to 2^63 - 1")
+    return seeds
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -359,13 +362,17 @@ def _check(args: argparse.Namespace) -> None:
         for name, (low, high) in bounds.items()
         if (value := getattr(args, name)) is not None and not low <= value <= high
     ]
-    problems += [
-        f"--seeds {seed}: expected 0 to 2^63 - 1"
-        for seed in args.seeds or []
-        if not 0 <= seed < 2**63
-    ]
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _is_text(prompt: str) -> bool:
+    """Tells whether a prompt is Unicode; a terminal of another encoding may give what is not."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @command
@@ -375,8 +382,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
         raise ValueError("no prompts: give --prompt TEXT or --prompts FILE")
-    if garbled := [prompt for prompt in prompts if not prompt.isprintable()]:
-        raise ValueError("\n".join(f"--prompt: not a line of text: {one!r}" for one in garbled))
+    if garbled := [prompt for prompt in prompts if not _is_text(prompt)]:
+        raise ValueError("\n".join(f"--prompt: not text: {one!r}" for one in garbled))
 
     def make_samples(default: Sample) -> list[Sample]:
         names = ("negative_prompt", "guidance_scale", "num_inference_steps", "num_inv_steps", "eta")

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -272,6 +273,8 @@ def start(compile_cache: Path, tmp_path: Path) -> Iterator[Callable[..., subproc
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
     processes = []
+    # As in a terminal, where Ctrl-C is heard; what starts the tests may have it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run(*args: object) -> subprocess.Popen:
         process = subprocess.Popen(

@@ -47,7 +47,7 @@ def frames_of(monkeypatch):
 
 def test_prompts_come_from_the_command_line_and_from_a_file(finished_run, cli, tmp_path, compiled):
     prompts = tmp_path / "my prompts.txt"
-    prompts.write_text("a dog is moving\n\n  滑雪的　👩‍🚀 \na dog is moving\n", encoding="utf-8")
+    prompts.write_text("a dog is moving\n\n  滑雪的熊猫 🐼 \na dog is moving\n", encoding="utf-8")
     folder = tmp_path / "two words" / "edits"
     outcome = cli(
         sample,
@@ -59,7 +59,7 @@ def test_prompts_come_from_the_command_line_and_from_a_file(finished_run, cli, t
     assert outcome.status == 0
     assert outcome.err == ""
     [odd] = folder.glob("a_b_ is it moving_-*.mp4")
-    stems = [odd.stem, "a bird", "a dog is moving", "滑雪的　👩‍🚀"]
+    stems = [odd.stem, "a bird", "a dog is moving", "滑雪的熊猫 🐼"]
     names = [f"{stem}.{suffix}" for stem in stems for suffix in ("mp4", "json")]
     assert {path.name for path in folder.iterdir()} == {
         *names,
@@ -75,8 +75,8 @@ def test_prompts_come_from_the_command_line_and_from_a_file(finished_run, cli, t
     assert beside.shape == (4, 32, 160, 3)
     with Image.open(folder / "contact-sheet.png") as sheet:
         assert sheet.height > 5 * 64
-    settings = json.loads((folder / "滑雪的　👩‍🚀.json").read_text(encoding="utf-8"))
-    assert settings["prompt"] == "滑雪的　👩‍🚀"
+    settings = json.loads((folder / "滑雪的熊猫 🐼.json").read_text(encoding="utf-8"))
+    assert settings["prompt"] == "滑雪的熊猫 🐼"
     assert settings["step"] == 6
     assert settings["guidance_scale"] == 12.5
     # A checkpoint is sampled from by the program that a run compiles for its own samples.
@@ -352,6 +352,19 @@ def test_a_prompt_that_is_too_long_is_quoted_where_it_is_cut(finished_run, cli, 
     assert warnings[0].endswith("is moving to the very end'")
     [video] = tmp_path.glob("a square *.mp4")
     assert len(video.name) < 130
+
+
+def test_prompts_of_any_script_are_text(finished_run, cli, tmp_path):
+    # A space of Japanese, a joiner of Persian, and an emoji joined from two: Python's
+    # str.isprintable is false for each.
+    prompts = ["猫\u3000走る", "\u0645\u06cc\u200c\u0631\u0648\u062f", "\U0001f469\u200d\U0001f680"]
+    outcome = cli(
+        sample,
+        *("--run", finished_run.folder, "--output-dir", tmp_path),
+        *(part for prompt in prompts for part in ("--prompt", prompt)),
+    )
+    assert outcome.status == 0, outcome.err
+    assert {path.stem for path in tmp_path.glob("*.json")} == set(prompts)
 
 
 def test_a_file_with_a_byte_order_mark_has_the_prompts_that_one_sees(finished_run, cli, tmp_path):
