@@ -4,6 +4,7 @@ Parameter names follow diffusers' CrossAttention and Tune-A-Video's BasicTransfo
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, TypeAlias
 
 import jax
@@ -72,14 +73,56 @@ def attention_by_head(
     time on their way to memory and back.
     """
     each = tuple(
-        rearrange(x, "axes n heads k -> (axes heads) n 1 k")
+        rearrange(x, "axes n heads k -> (axes heads) n k")
         for x in (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
     )
-    one_head = jax.checkpoint(lambda head: attention_at_once(*head))
     mixed = rearrange(
-        jax.lax.map(one_head, each), "(axes heads) n 1 k -> axes n heads k", heads=query.shape[-2]
+        jax.lax.map(lambda head: attention_of_head(*head), each),
+        "(axes heads) n k -> axes n heads k",
+        heads=query.shape[-2],
     )
     return mixed.reshape(query.shape)
+
+
+@jax.custom_vjp
+def attention_of_head(
+    query: Float[Array, "q k"], key: Float[Array, "m k"], value: Float[Array, "m k"]
+) -> Float[Array, "q k"]:
+    """Returns `attention` of one head.
+
+    Plain matrix products: as an einsum over an axis of one head XLA takes six times as long.
+    """
+    return attention_weights(_matmul(query, key.T), query.shape[-1], value.dtype) @ value
+
+
+_matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+
+def _attention_of_head_forward(query: Array, key: Array, value: Array):
+    mixed = attention_of_head(query, key, value)
+    return mixed, (query, key, value, mixed)
+
+
+def _attention_of_head_backward(residuals: tuple[Array, ...], gradient: Array):
+    """Returns dQ = dS K, dK = dS^T Q, dV = P^T dO; P the weights, dS = P (dO V^T - rowsum(dO O)).
+
+    Dao et al. 2022 (arXiv:2205.14135), appendix B.2. P and dS are made twice, once transposed:
+    XLA transposes a matrix on the CPU in four times the time that it takes to make it.
+    """
+    query, key, value, mixed = residuals
+    scale = query.shape[-1] ** -0.5
+    rows = jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1)
+    weights = jax.nn.softmax(_matmul(query, key.T) * scale, axis=1)
+    on_scores = weights * (_matmul(gradient, value.T) - rows[:, None]) * scale
+    on_query = _matmul(on_scores.astype(key.dtype), key)
+    weights = jax.nn.softmax(_matmul(key, query.T) * scale, axis=0)
+    on_scores = weights * (_matmul(value, gradient.T) - rows[None, :]) * scale
+    on_key = _matmul(on_scores.astype(query.dtype), query)
+    on_value = _matmul(weights.astype(gradient.dtype), gradient)
+    return on_query.astype(query.dtype), on_key.astype(key.dtype), on_value.astype(value.dtype)
+
+
+attention_of_head.defvjp(_attention_of_head_forward, _attention_of_head_backward)
 
 
 def sparse_causal_attention(query: Heads, key: Heads, value: Heads) -> Heads:

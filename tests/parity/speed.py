@@ -2,7 +2,7 @@
 
     python tests/parity/speed.py --pairs 7
 
-About 4 minutes on two cores, 2 GB. A network of 19 million parameters in v1-4's layout, float32,
+About two minutes on two cores, 2 GB. A network of 19 million parameters in v1-4's layout, float32,
 the same weights and inputs on both sides, which must first give the same numbers. PyTorch runs
 with as many threads as there are cores, and with the faster of its two attentions (and, with
 `--compile`, of eager and `torch.compile`, which needs a C++ compiler and some minutes more).
