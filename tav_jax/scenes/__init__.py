@@ -1,0 +1,1 @@
+"""A small world of captioned pictures and clips, on which `tiny-scenes` is trained and measured."""

@@ -1,0 +1,450 @@
+"""python -m tav_jax.scenes.pretrain: the base model `tiny-scenes`, from nothing, in three stages.
+
+autoencoder -> text encoder and U-Net together -> a Stable Diffusion folder. Each stage goes on from
+its last checkpoint, ends with its figure, and leaves its training curve in `metrics.jsonl`.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jaxtyping import UInt8
+from pydantic import TypeAdapter, ValidationError
+from tqdm import tqdm
+
+from tav_jax import published_config
+from tav_jax.checkpointing import latest_step, restore_item, save_items
+from tav_jax.cli import command, say
+from tav_jax.models.clip import CLIPTextModel
+from tav_jax.models.network import Network, init_network
+from tav_jax.models.unet import UNet3DConditionModel
+from tav_jax.models.vae import AutoencoderKL, sample_posterior
+from tav_jax.pipeline import decode_latents, random_latents, sample_latents
+from tav_jax.scenes.drawing import render_batch
+from tav_jax.scenes.reader import read_frame
+from tav_jax.scenes.recipe import (
+    UNET,
+    VAE,
+    Recipe,
+    scheduler_config,
+    text_config,
+    write_tokenizer,
+)
+from tav_jax.scenes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    SIZE,
+    STYLES,
+    SUBJECTS,
+    Scene,
+    caption,
+    describe,
+    sample_scenes,
+)
+from tav_jax.schedule import add_noise, training_target
+from tav_jax.stable_diffusion import Model, save_model
+from tav_jax.types import Moments, Params, PixelValues, PRNGKey, Scalar
+from tav_jax.video import to_frames, to_pixel_values
+
+CHECKPOINT_EVERY = 1000
+CAPTIONS_PER_SCENE = 4
+# Weight of a pixel's error where something is drawn, against the background's.
+FOREGROUND = 4.0
+
+
+class Learner(NamedTuple):
+    """What a stage changes: parameters of one or more networks, their average, Adam's state."""
+
+    params: dict[str, Params]
+    average: dict[str, Params]
+    opt_state: optax.OptState
+    step: Array
+
+
+@dataclass(frozen=True)
+class Data:
+    """The training set: scenes, each at several times.
+
+    Args:
+        frames: One clip per scene.
+    """
+
+    scenes: list[Scene]
+    frames: UInt8[np.ndarray, "n f H W 3"]
+
+
+def make_data(recipe: Recipe) -> Data:
+    """Returns scenes without the held-out pairs, drawn at random times; five eighths are plain."""
+    rng = np.random.default_rng(recipe.seed)
+    half = recipe.scenes // 2
+    scenes = sample_scenes(rng, recipe.scenes - half) + sample_scenes(rng, half, styles=True)
+    times = np.sort(rng.random((recipe.scenes, recipe.frames_per_scene)), axis=1)
+    drawn = [render_batch(scenes, column) for column in times.T]
+    return Data(scenes, np.stack(drawn, axis=1))
+
+
+def warm_up_cosine(learning_rate: float, steps: int) -> optax.Schedule:
+    return optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, min(200, steps // 10), steps, 0.02 * learning_rate
+    )
+
+
+def learn(
+    folder: Path,
+    params: dict[str, Params],
+    loss_fn: Callable[..., Scalar],
+    batches: Callable[[int], tuple],
+    *,
+    steps: int,
+    learning_rate: float,
+    ema: float,
+    seed: int,
+    figure: Callable[[dict[str, Params]], str],
+) -> dict[str, Params]:
+    """Returns the averaged parameters after a stage, going on from its last checkpoint.
+
+    Args:
+        loss_fn: Of parameters, key and a batch.
+        batches: Gives the batch of a step, by the step's number alone.
+        figure: Says how good averaged parameters are.
+    """
+    schedule = warm_up_cosine(learning_rate, steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b1=0.9, b2=0.99))
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(learner: Learner, batch: tuple) -> tuple[Learner, Scalar]:
+        key = jax.random.fold_in(jax.random.key(seed), learner.step)
+        loss, gradients = jax.value_and_grad(loss_fn)(learner.params, key, *batch)
+        updates, opt_state = optimizer.update(gradients, learner.opt_state)
+        params = optax.apply_updates(learner.params, updates)
+        # A young average would be mostly the first random parameters.
+        decay = jnp.minimum(ema, (1 + learner.step) / (10 + learner.step))
+        average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), learner.average, params)
+        return Learner(params, average, opt_state, learner.step + 1), loss
+
+    learner = Learner(params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.int32(0))
+    newest = latest_step(folder / "checkpoints")
+    if newest is not None:
+        learner = restore_item(folder / "checkpoints" / str(newest), "learner", learner)
+    start = int(learner.step)
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with (folder / "metrics.jsonl").open("a", buffering=1) as log:
+        losses = []
+        for step in tqdm(range(start + 1, steps + 1), folder.name, initial=start, total=steps):
+            learner, loss = update(learner, batches(step))
+            losses.append(loss)
+            if step % 50 == 0 or step == steps:
+                line = {"step": step, "loss": float(jnp.stack(losses).mean())}
+                line["seconds"] = round(time.perf_counter() - began, 1)
+                log.write(json.dumps(line) + "\n")
+                losses = []
+            if step % CHECKPOINT_EVERY == 0 or step == steps:
+                save_items(folder / "checkpoints", step, learner=learner)
+                say(f"{folder.name} {step}: {figure(learner.average)}")
+    return learner.average
+
+
+def share_right(scenes: Sequence[Scene], frames: UInt8[np.ndarray, "n H W 3"]) -> dict[str, float]:
+    """Returns how often the reader finds in pictures what their scenes say."""
+    seen = read_frame(frames, styles=True)
+    return {
+        name: float(
+            np.mean(
+                [
+                    bool(present) and names[index] == getattr(scene, name)
+                    for scene, index, present in zip(
+                        scenes, getattr(seen, name).tolist(), seen.present, strict=True
+                    )
+                ]
+            )
+        )
+        for name, names in (
+            ("subject", SUBJECTS),
+            ("colour", list(COLOURS)),
+            ("background", list(BACKGROUNDS)),
+            ("style", STYLES),
+        )
+    }
+
+
+def in_words(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+
+
+# ---- autoencoder
+
+
+def train_vae(recipe: Recipe, data: Data, folder: Path) -> Network[AutoencoderKL]:
+    """Returns the autoencoder, its scaling factor measured."""
+    # All pictures of a batch at once; in a run they come by chunks.
+    config = replace(VAE, frames_per_chunk=recipe.vae_batch)
+    vae = init_network(AutoencoderKL, config, jax.random.key(recipe.seed))
+    pictures = data.frames.reshape(-1, *data.frames.shape[2:])
+
+    def loss_fn(params: dict, key: PRNGKey, pixel_values: PixelValues, weight: Array) -> Scalar:
+        module = vae.with_params(params["vae"]).bind()
+        moments = module.encode(pixel_values)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        noise = jax.random.normal(key, mean.shape)
+        decoded = module.decode(sample_posterior(moments, noise, 1.0))
+        error = decoded - pixel_values
+        reconstruction = jnp.mean(weight * (jnp.abs(error) + jnp.square(error)))
+        divergence = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
+        return reconstruction + recipe.kl_weight * divergence
+
+    def batches(step: int) -> tuple:
+        rng = np.random.default_rng((recipe.seed, 1, step))
+        chosen = pictures[rng.integers(len(pictures), size=recipe.vae_batch)]
+        # What differs from the picture's own median is drawn on it.
+        distance = np.abs(chosen.astype(np.float32) - np.median(chosen, axis=(1, 2), keepdims=True))
+        weight = 1 + (FOREGROUND - 1) * (distance.max(-1, keepdims=True) > 60)
+        return to_pixel_values(chosen)[:, None], weight[:, None].astype(np.float32)
+
+    rng = np.random.default_rng((recipe.seed, 2))
+    probe = sample_scenes(rng, 512, held_out=None, styles=True)
+    truth = render_batch(probe, rng.random(512))
+
+    @jax.jit
+    def reconstruct(params: Params, pixel_values: PixelValues) -> tuple[Array, Array]:
+        module = vae.with_params(params).bind()
+        moments = module.encode(pixel_values)
+        mean = jnp.split(moments, 2, axis=-1)[0]
+        return module.decode(mean * VAE.scaling_factor), moments
+
+    def figure(params: dict) -> str:
+        decoded, moments = reconstruct(params["vae"], to_pixel_values(truth)[:, None])
+        shares = share_right(probe, to_frames(np.asarray(decoded))[:, 0])
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        spread = jnp.sqrt(mean.var((0, 1, 2, 3)))
+        deviation = jnp.exp(0.5 * logvar).mean((0, 1, 2, 3))
+        return (
+            f"{in_words(shares)}; per channel, means spread "
+            f"{np.round(spread, 2).tolist()}, posterior deviates {np.round(deviation, 2).tolist()}"
+        )
+
+    params = learn(
+        folder,
+        {"vae": vae.params},
+        loss_fn,
+        batches,
+        steps=recipe.vae_steps,
+        learning_rate=recipe.vae_learning_rate,
+        ema=recipe.ema,
+        seed=recipe.seed + 1,
+        figure=figure,
+    )["vae"]
+    _, moments = reconstruct(params, to_pixel_values(truth)[:, None])
+    params = standardised(params, moments)
+    say(f"standardised: {figure({'vae': params})}")
+    return Network(AutoencoderKL, VAE, params)
+
+
+def standardised(params: Params, moments: Moments) -> Params:
+    """Returns the same autoencoder with latents of mean 0 and deviation 1 in every channel.
+
+    The layers next to the latents are 1x1, so that scale and shift go into their weights.
+
+    Args:
+        moments: Posteriors of many pictures.
+    """
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    axes = tuple(range(mean.ndim - 1))
+    centre = mean.mean(axes)
+    scale = jnp.sqrt(mean.var(axes) + jnp.exp(logvar).mean(axes))
+    shift = jnp.concatenate([centre / scale, 2 * jnp.log(scale)])
+    spread = jnp.concatenate([scale, jnp.ones_like(scale)])
+    decoding = params["post_quant_conv.kernel"]
+    return params | {
+        "quant_conv.kernel": params["quant_conv.kernel"] / spread[None, None, None],
+        "quant_conv.bias": params["quant_conv.bias"] / spread - shift,
+        "post_quant_conv.kernel": decoding * scale[None, None, :, None],
+        "post_quant_conv.bias": params["post_quant_conv.bias"] + centre @ decoding[0, 0],
+    }
+
+
+# ---- text encoder and U-Net
+
+
+def still_at_first(params: Params) -> Params:
+    """Returns a U-Net's parameters with the last layer of every residual branch zero.
+
+    The untrained network then predicts zero and each branch joins in as it learns.
+    """
+    last = (".conv2.kernel", ".to_out.0.kernel", ".ff.net.2.kernel", ".proj_out.kernel")
+    return {
+        name: value * (not (name.endswith(last) or name.startswith("conv_out.kernel")))
+        for name, value in params.items()
+    }
+
+
+def encode_all(vae: Network[AutoencoderKL], data: Data, at_a_time: int = 64) -> np.ndarray:
+    """Returns the posteriors of the whole training set, once for all steps."""
+    encode = jax.jit(lambda vae, pixel_values: vae.bind().encode(pixel_values))
+    parts = [
+        np.asarray(encode(vae, to_pixel_values(data.frames[start : start + at_a_time])))
+        for start in range(0, len(data.frames), at_a_time)
+    ]
+    return np.concatenate(parts)
+
+
+def train_diffusion(recipe: Recipe, data: Data, vae: Network[AutoencoderKL], folder: Path) -> Model:
+    """Returns the whole model, its text encoder and U-Net trained together on captions."""
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    schedule = published_config.read_schedule(scheduler_config(recipe))
+    text_key, unet_key = jax.random.split(jax.random.key(recipe.seed + 2))
+    text_encoder = init_network(CLIPTextModel, text_config(len(tokenizer)), text_key)
+    unet = init_network(UNet3DConditionModel, UNET, unet_key)
+    unet = unet.with_params(still_at_first(unet.params))
+
+    moments = encode_all(vae, data)
+    rng = np.random.default_rng((recipe.seed, 3))
+    sentences = [[caption(s, rng) for _ in range(CAPTIONS_PER_SCENE)] for s in data.scenes]
+    length = text_encoder.config.max_position_embeddings
+    padding = {"padding": "max_length", "max_length": length, "truncation": True}
+    ids = np.array([tokenizer(each, **padding).input_ids for each in sentences], np.int32)
+    no_ids = np.array(tokenizer("", **padding).input_ids, np.int32)
+
+    def loss_fn(params: dict, key: PRNGKey, moments: Moments, ids: Array) -> Scalar:
+        posterior_key, noise_key, time_key = jax.random.split(key, 3)
+        shape = (*moments.shape[:-1], moments.shape[-1] // 2)
+        latents = sample_posterior(
+            moments, jax.random.normal(posterior_key, shape), vae.config.scaling_factor
+        )
+        noise = jax.random.normal(noise_key, shape)
+        # Stratified: one timestep from each of b equal parts, for a calmer loss.
+        b, total = len(moments), len(schedule.alphas_cumprod)
+        timesteps = ((jnp.arange(b) + jax.random.uniform(time_key, (b,))) * (total / b)).astype(
+            jnp.int32
+        )
+        context = text_encoder.with_params(params["text_encoder"])(ids)
+        noisy_latents = add_noise(schedule, latents, noise, timesteps)
+        model_pred = unet.with_params(params["unet"])(noisy_latents, timesteps, context)
+        target = training_target(schedule, latents, noise, timesteps)
+        return jnp.mean(jnp.square(model_pred - target))
+
+    def batches(step: int) -> tuple:
+        rng = np.random.default_rng((recipe.seed, 4, step))
+        frames = recipe.frames_per_scene if rng.random() < recipe.group_share else 1
+        b = recipe.batch // frames
+        chosen = rng.integers(len(moments), size=b)
+        if frames == 1:
+            clip = moments[chosen, rng.integers(recipe.frames_per_scene, size=b)][:, None]
+        else:
+            clip = moments[chosen]
+        said = ids[chosen, rng.integers(CAPTIONS_PER_SCENE, size=b)]
+        said = np.where(rng.random((b, 1)) < recipe.caption_dropout, no_ids, said)
+        return clip, said
+
+    def assemble(params: dict[str, Params]) -> Model:
+        return Model(
+            tokenizer,
+            text_encoder.with_params(params["text_encoder"]),
+            vae,
+            unet.with_params(params["unet"]),
+            schedule,
+        )
+
+    params = learn(
+        folder,
+        {"text_encoder": text_encoder.params, "unet": unet.params},
+        loss_fn,
+        batches,
+        steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        ema=recipe.ema,
+        seed=recipe.seed + 3,
+        figure=lambda average: drawn_figure(assemble(average), recipe),
+    )
+    return assemble(params)
+
+
+def draw(model: Model, prompts: Sequence[str], guidance_scale: float, seed: int) -> np.ndarray:
+    """Returns a picture per prompt, from random noise in 50 steps."""
+    at_a_time = 100
+    pictures = []
+    for start in range(0, len(prompts), at_a_time):
+        few = list(prompts[start : start + at_a_time])
+        seeds = [seed * 1_000_000 + start + index for index in range(len(few))]
+        latents = sample_latents(
+            model,
+            random_latents(model, seeds, 1, SIZE, SIZE),
+            few,
+            guidance_scale=guidance_scale,
+        )
+        pictures.append(to_frames(np.asarray(decode_latents(model, latents)))[:, 0])
+    return np.concatenate(pictures)
+
+
+def drawn_figure(model: Model, recipe: Recipe, count: int = 100) -> str:
+    """Says how often the model draws what full prompts name, for pairs seen and held out."""
+    lines = []
+    for held_out in (False, True):
+        rng = np.random.default_rng((recipe.seed, 5, held_out))
+        scenes = sample_scenes(rng, count, held_out=held_out, styles=True)
+        pictures = draw(model, [describe(scene) for scene in scenes], recipe.guidance_scale, 1)
+        shares = in_words(share_right(scenes, pictures))
+        lines.append(f"{'held-out' if held_out else 'seen'} pairs: {shares}")
+    return "; ".join(lines)
+
+
+def pretrain(recipe: Recipe, output_dir: Path) -> None:
+    """Runs all stages and writes the model in float16 to `output_dir/tiny-scenes`."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    record = output_dir / "recipe.json"
+    text = json.dumps(dataclasses.asdict(recipe), indent=2) + "\n"
+    if record.is_file() and record.read_text() != text:
+        raise ValueError(f"--output-dir: {output_dir} holds a training of another recipe")
+    record.write_text(text)
+    data = make_data(recipe)
+    vae = train_vae(recipe, data, output_dir / "autoencoder")
+    model = train_diffusion(recipe, data, vae, output_dir / "diffusion")
+
+    def halve(network: Network) -> Network:
+        return network.with_params({k: v.astype(jnp.float16) for k, v in network.params.items()})
+
+    model = replace(
+        model,
+        text_encoder=halve(model.text_encoder),
+        vae=halve(model.vae),
+        unet=halve(model.unet),
+    )
+    save_model(output_dir / "tiny-scenes", model, scheduler_config(recipe))
+    say(f"wrote {output_dir / 'tiny-scenes'}")
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tav_jax.scenes.pretrain",
+        description="Train the small base model from nothing. Run again, the same command goes on.",
+        epilog="example: python -m tav_jax.scenes.pretrain --output-dir outputs/tiny steps=3000",
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/pretrain"), metavar="DIR")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
+    args = parser.parse_args(argv)
+    changes = dict(override.split("=", 1) for override in args.overrides if "=" in override)
+    if len(changes) < len(args.overrides):
+        raise ValueError("expected key=value, as in steps=3000")
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(changes)
+    except ValidationError as error:
+        lines = [f"  {problem['loc'][0]}: {problem['msg']}" for problem in error.errors()]
+        raise ValueError("recipe:\n" + "\n".join(lines)) from None
+    pretrain(recipe, args.output_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
