@@ -1,10 +1,10 @@
 """A run's settings: frozen dataclasses <-> YAML, with the keys of the original release."""
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -30,6 +30,8 @@ MEANINGLESS_KEYS = {
     "use_8bit_adam": "Adam's moments are kept in float32, for the trained leaves alone",
     "enable_xformers_memory_efficient_attention": "attention is compiled by XLA",
 }
+
+T = TypeVar("T")
 
 _strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 Size = Annotated[int, Field(gt=0, multiple_of=SIZE_FACTOR)]
@@ -163,18 +165,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TuneCo
         FileNotFoundError: there is no such file.
         ValueError: it is not YAML, or keys or values are wrong; all are listed.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"--config: no such file {path}")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected keys and values, as in configs/man-skiing.yaml")
-    problems = [problem for override in overrides if (problem := _set(tree, override))]
-    if problems:
-        raise ValueError("\n".join(problems))
+    tree = read_tree(path, overrides)
     notes = [
         f"{key}: has no effect here: {reason}"
         for key, reason in MEANINGLESS_KEYS.items()
@@ -186,12 +177,48 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TuneCo
     return config, notes
 
 
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns a YAML file's keys and values; raises as `load_config` does, before any checks."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--config: no such file {path}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected keys and values, as in configs/man-skiing.yaml")
+    return override(tree, overrides)
+
+
+def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns the tree with each `key=value` put into it.
+
+    Raises:
+        ValueError: some are not of that form; all are listed.
+    """
+    problems = [problem for each in overrides if (problem := _set(tree, each))]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return tree
+
+
 def parse_config(tree: dict[str, Any], where: str = "config") -> TuneConfig:
     """Returns settings from nested dictionaries; raises as `load_config` does."""
+    return parse(TuneConfig, tree, where)
+
+
+def parse(settings: type[T], tree: dict[str, Any], where: str) -> T:
+    """Returns a pydantic dataclass from nested dictionaries.
+
+    Raises:
+        ValueError: keys or values are wrong; all are listed.
+    """
     try:
-        return TypeAdapter(TuneConfig).validate_python(tree)
+        return TypeAdapter(settings).validate_python(tree)
     except ValidationError as error:
-        lines = [f"  {_explain(problem)}" for problem in error.errors()]
+        known = list(_known_keys(settings))
+        lines = [f"  {_explain(problem, known)}" for problem in error.errors()]
         raise ValueError(f"{where}:\n" + "\n".join(sorted(lines))) from None
 
 
@@ -244,14 +271,14 @@ def _set(tree: dict[str, Any], override: str) -> str | None:
     return None
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, known: Sequence[str]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "unexpected_keyword_argument":
-        by_name = {known.split(".")[-1]: known for known in _known_keys()}
+        by_name = {path.split(".")[-1]: path for path in known}
         name = str(problem["loc"][-1])
         # The right name in the wrong section; misspelt there; misspelt elsewhere.
         near = [by_name[name]] if name in by_name else []
-        near = near or difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.6)
+        near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         near = near or [by_name[n] for n in difflib.get_close_matches(name, by_name, 1, 0.5)]
         hint = f"did you mean {near[0]}?" if near else "configs/ shows the keys there are"
         return f"{key}: unknown key; {hint}"
@@ -261,13 +288,12 @@ def _explain(problem: Any) -> str:
     return f"{key}: {message} (got {problem['input']!r})" if key else message
 
 
-def _known_keys() -> list[str]:
-    """Returns every key with its full path."""
-    nested = {"train_data": TrainData, "validation_data": ValidationData}
-    keys = [field.name for field in fields(TuneConfig)]
-    for owner, section in nested.items():
-        keys += [f"{owner}.{field.name}" for field in fields(section)]
-    return keys
+def _known_keys(settings: Any, start: str = "") -> Iterator[str]:
+    """Yields every key with its full path."""
+    for field in fields(settings):
+        yield f"{start}{field.name}"
+        if is_dataclass(field.type):
+            yield from _known_keys(field.type, f"{start}{field.name}.")
 
 
 def _flatten(tree: dict[str, Any], start: str = "") -> dict[str, Any]:

@@ -26,6 +26,7 @@ from tav_jax.stable_diffusion import Model
 from tav_jax.types import Latents
 from tav_jax.video import (
     contact_sheet,
+    enlarged,
     file_stem,
     read_frames,
     side_by_side,
@@ -38,6 +39,8 @@ Frames = UInt8[np.ndarray, "f H W 3"]
 SHEET, BESIDE = "contact-sheet", "side-by-side"
 ROWS_OF_SHEET = 24
 VIDEOS_BESIDE = 4
+GIF_WIDTH = 1600  # beyond it a GIF has tens of megabytes
+TINY, LEAST_SIDE = 64, 256  # pixels
 
 
 @dataclass(frozen=True)
@@ -175,8 +178,16 @@ def _write_sample(sample: Sample, video: Frames, folder: Path, config: TuneConfi
     video_path.unlink(missing_ok=True)
     with written_whole(folder / f"{sample.stem}.json") as path:
         path.write_text(json.dumps(asdict(sample), indent=2, ensure_ascii=False) + "\n")
-    write_video(video_path, video, fps=validation.fps)
+    write_video(video_path, shown(video), fps=validation.fps)
     return video_path
+
+
+def shown(video: Frames) -> Frames:
+    """Returns a video as it is written: tiny ones enlarged.
+
+    Players show 32 pixels as a speck, and an mp4 has colours for every second pixel only.
+    """
+    return enlarged(video, LEAST_SIDE) if min(video.shape[1:3]) < TINY else video
 
 
 def has_overview(folder: Path) -> bool:
@@ -184,9 +195,9 @@ def has_overview(folder: Path) -> bool:
 
 
 def write_overview(folder: Path, config: TuneConfig, source: Frames | None) -> list[Path]:
-    """Returns the paths of a contact sheet and of a video side by side, of a folder's samples.
+    """Returns the paths of a contact sheet and of videos side by side, of a folder's samples.
 
-    Both show the clip first and then the newest samples of the folder, whoever wrote them.
+    They show the clip first and then the newest samples of the folder, whoever wrote them.
     """
     frames, height, width = sample_size(config)
     suffix = config.validation_data.video_format
@@ -201,11 +212,15 @@ def write_overview(folder: Path, config: TuneConfig, source: Frames | None) -> l
             rows[label] = read_frames(video, n_sample_frames=frames, width=width, height=height)
     if not rows:
         return []
-    sheet, beside = folder / f"{SHEET}.png", folder / f"{BESIDE}.{suffix}"
+    sheet = folder / f"{SHEET}.png"
     write_image(sheet, contact_sheet(rows))
-    shown = list(rows.values())[: 1 + VIDEOS_BESIDE]
-    write_video(beside, side_by_side(*shown), fps=config.validation_data.fps)
-    return [sheet, beside]
+    joined = side_by_side(*(shown(video) for video in list(rows.values())[: 1 + VIDEOS_BESIDE]))
+    # Where it stays small, a GIF as well: web pages and slides play those by themselves.
+    suffixes = dict.fromkeys([suffix, "gif"] if joined.shape[2] <= GIF_WIDTH else [suffix])
+    videos = [folder / f"{BESIDE}.{suffix}" for suffix in suffixes]
+    for path in videos:
+        write_video(path, joined, fps=config.validation_data.fps)
+    return [sheet, *videos]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ WEIGHT_STEMS = {
     "vae": "diffusion_pytorch_model",
     "unet": "diffusion_pytorch_model",
 }
+# Models that come with this package, by name.
+SHIPPED = {"tiny-scenes": Path(__file__).parent / "scenes" / "tiny-scenes"}
 CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 
 
@@ -59,7 +61,8 @@ def load_model(
 
     Args:
         pretrained_model_path: A folder of the Hub's layout (SD 1.x, 2.x base, their DreamBooth
-            exports, or with a tuned 3D U-Net), or a Hub id such as "CompVis/stable-diffusion-v1-4".
+            exports, or with a tuned 3D U-Net), a Hub id such as "CompVis/stable-diffusion-v1-4",
+            or "tiny-scenes", which comes with the package.
         dtype: "float32" or "bfloat16": in which to compute, and in which to store parameters.
         float32_modules: Modules of the U-Net stored in float32 all the same: those to be trained.
         key: Draws the temporal attention's first values where the U-Net is an image U-Net; the
@@ -229,13 +232,15 @@ def tokenize(model: Model, prompts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
 def find_folder(
     pretrained_model_path: str | Path, *, revision: str | None = None, variant: str | None = None
 ) -> Path:
-    """Returns the folder that a path names, or that a Hub id is cached in, downloading it once.
+    """Returns the folder of a path, of a shipped model's name, or of a Hub id, downloaded once.
 
     Of each network only the weight files that would be read are fetched.
     """
     folder = Path(pretrained_model_path).expanduser()
     if folder.is_dir():
         return folder
+    if str(pretrained_model_path) in SHIPPED:
+        return SHIPPED[str(pretrained_model_path)]
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         HFValidationError,

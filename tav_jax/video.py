@@ -285,6 +285,12 @@ def side_by_side(*videos: UInt8[np.ndarray, "_ _ _ 3"]) -> UInt8[np.ndarray, "f 
     return np.concatenate(videos, axis=2)
 
 
+def enlarged(frames: UInt8[np.ndarray, "f H W 3"], least: int) -> UInt8[np.ndarray, "f H2 W2 3"]:
+    """The same frames with every pixel a square, so large that no side is under `least`."""
+    factor = math.ceil(least / min(*frames.shape[1:3], least))
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
 def contact_sheet(
     rows: dict[str, UInt8[np.ndarray, "_ _ _ 3"]], columns: int = 8
 ) -> UInt8[np.ndarray, "H W 3"]:
@@ -297,9 +303,8 @@ def contact_sheet(
         raise ValueError(
             f"contact_sheet: needs rows of one frame size and columns >= 1, not {sizes}, {columns}"
         )
+    rows = {label: enlarged(video, 64) for label, video in rows.items()}
     height, width = next(iter(rows.values())).shape[1:3]
-    factor = math.ceil(64 / min(height, width, 64))
-    height, width = height * factor, width * factor
     columns = min(columns, max(map(len, rows.values())))
     gap = max(4, width // 48)
     text_size = max(14, width // 12)
@@ -308,9 +313,8 @@ def contact_sheet(
     parts = []
     for label, video in rows.items():
         chosen = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
-        tiles = video[chosen].repeat(factor, axis=1).repeat(factor, axis=2)
         row = np.full((height + gap, sheet_width, 3), 255, np.uint8)
-        for i, tile in enumerate(tiles):
+        for i, tile in enumerate(video[chosen]):
             left = gap + i * (width + gap)
             row[:height, left : left + width] = tile
         parts += [_draw_label(label, sheet_width, text_size, margin=gap), row]

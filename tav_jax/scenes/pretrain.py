@@ -21,12 +21,12 @@ import numpy as np
 import optax
 from jax import Array
 from jaxtyping import UInt8
-from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from tav_jax import published_config
 from tav_jax.checkpointing import latest_step, restore_item, save_items
 from tav_jax.cli import command, say
+from tav_jax.config import override, parse
 from tav_jax.models.clip import CLIPTextModel
 from tav_jax.models.network import Network, init_network
 from tav_jax.models.unet import UNet3DConditionModel
@@ -56,12 +56,12 @@ from tav_jax.scenes.world import (
 from tav_jax.schedule import add_noise, training_target
 from tav_jax.stable_diffusion import Model, save_model
 from tav_jax.types import Moments, Params, PixelValues, PRNGKey, Scalar
-from tav_jax.video import to_frames, to_pixel_values
+from tav_jax.video import contact_sheet, to_frames, to_pixel_values, write_image
 
-CHECKPOINT_EVERY = 1000
 CAPTIONS_PER_SCENE = 4
 # Weight of a pixel's error where something is drawn, against the background's.
 FOREGROUND = 4.0
+FIRST_LOGVAR = -4.0
 
 
 class Learner(NamedTuple):
@@ -109,7 +109,7 @@ def learn(
     *,
     steps: int,
     learning_rate: float,
-    ema: float,
+    recipe: Recipe,
     seed: int,
     figure: Callable[[dict[str, Params]], str],
 ) -> dict[str, Params]:
@@ -130,7 +130,7 @@ def learn(
         updates, opt_state = optimizer.update(gradients, learner.opt_state)
         params = optax.apply_updates(learner.params, updates)
         # A young average would be mostly the first random parameters.
-        decay = jnp.minimum(ema, (1 + learner.step) / (10 + learner.step))
+        decay = jnp.minimum(recipe.ema, (1 + learner.step) / (10 + learner.step))
         average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), learner.average, params)
         return Learner(params, average, opt_state, learner.step + 1), loss
 
@@ -151,7 +151,7 @@ def learn(
                 line["seconds"] = round(time.perf_counter() - began, 1)
                 log.write(json.dumps(line) + "\n")
                 losses = []
-            if step % CHECKPOINT_EVERY == 0 or step == steps:
+            if step % recipe.checkpointing_steps == 0 or step == steps:
                 save_items(folder / "checkpoints", step, learner=learner)
                 say(f"{folder.name} {step}: {figure(learner.average)}")
     return learner.average
@@ -192,6 +192,10 @@ def train_vae(recipe: Recipe, data: Data, folder: Path) -> Network[AutoencoderKL
     # All pictures of a batch at once; in a run they come by chunks.
     config = replace(VAE, frames_per_chunk=recipe.vae_batch)
     vae = init_network(AutoencoderKL, config, jax.random.key(recipe.seed))
+    # Posteriors begin narrow. From deviations near 1 the decoder learns to ignore a channel for its
+    # noise, and the encoder then never learns to use it.
+    bias = vae.params["quant_conv.bias"].at[config.latent_channels :].set(FIRST_LOGVAR)
+    vae = vae.with_params(vae.params | {"quant_conv.bias": bias})
     pictures = data.frames.reshape(-1, *data.frames.shape[2:])
 
     def loss_fn(params: dict, key: PRNGKey, pixel_values: PixelValues, weight: Array) -> Scalar:
@@ -242,7 +246,7 @@ def train_vae(recipe: Recipe, data: Data, folder: Path) -> Network[AutoencoderKL
         batches,
         steps=recipe.vae_steps,
         learning_rate=recipe.vae_learning_rate,
-        ema=recipe.ema,
+        recipe=recipe,
         seed=recipe.seed + 1,
         figure=figure,
     )["vae"]
@@ -364,9 +368,9 @@ def train_diffusion(recipe: Recipe, data: Data, vae: Network[AutoencoderKL], fol
         batches,
         steps=recipe.steps,
         learning_rate=recipe.learning_rate,
-        ema=recipe.ema,
+        recipe=recipe,
         seed=recipe.seed + 3,
-        figure=lambda average: drawn_figure(assemble(average), recipe),
+        figure=lambda average: drawn_figure(assemble(average), recipe, folder),
     )
     return assemble(params)
 
@@ -388,15 +392,20 @@ def draw(model: Model, prompts: Sequence[str], guidance_scale: float, seed: int)
     return np.concatenate(pictures)
 
 
-def drawn_figure(model: Model, recipe: Recipe, count: int = 100) -> str:
-    """Says how often the model draws what full prompts name, for pairs seen and held out."""
-    lines = []
-    for held_out in (False, True):
+def drawn_figure(model: Model, recipe: Recipe, folder: Path) -> str:
+    """Says how often the model draws what full prompts name, and leaves some in `pictures.png`."""
+    lines, rows = [], {}
+    for pairs in ("seen", "held-out"):
+        held_out = pairs == "held-out"
         rng = np.random.default_rng((recipe.seed, 5, held_out))
-        scenes = sample_scenes(rng, count, held_out=held_out, styles=True)
-        pictures = draw(model, [describe(scene) for scene in scenes], recipe.guidance_scale, 1)
-        shares = in_words(share_right(scenes, pictures))
-        lines.append(f"{'held-out' if held_out else 'seen'} pairs: {shares}")
+        scenes = sample_scenes(rng, recipe.probe, held_out=held_out, styles=True)
+        prompts = [describe(scene) for scene in scenes]
+        pictures = draw(model, prompts, recipe.guidance_scale, 1)
+        lines.append(f"{pairs} pairs: {in_words(share_right(scenes, pictures))}")
+        rows |= {
+            f"{pairs}: {prompts[i]} ...": pictures[i : i + 8] for i in (0, 8) if i < len(prompts)
+        }
+    write_image(folder / "pictures.png", contact_sheet(rows))
     return "; ".join(lines)
 
 
@@ -435,14 +444,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/pretrain"), metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
     args = parser.parse_args(argv)
-    changes = dict(override.split("=", 1) for override in args.overrides if "=" in override)
-    if len(changes) < len(args.overrides):
-        raise ValueError("expected key=value, as in steps=3000")
-    try:
-        recipe = TypeAdapter(Recipe).validate_python(changes)
-    except ValidationError as error:
-        lines = [f"  {problem['loc'][0]}: {problem['msg']}" for problem in error.errors()]
-        raise ValueError("recipe:\n" + "\n".join(lines)) from None
+    recipe = parse(Recipe, override({}, args.overrides), "recipe")
     pretrain(recipe, args.output_dir)
 
 

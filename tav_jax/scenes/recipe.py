@@ -85,12 +85,13 @@ class Recipe:
         kl_weight: Of the posterior's divergence, per latent number, against a picture's error.
         group_share: Share of the U-Net's steps on groups of frames of one scene, whose residual
             blocks share their statistics, as they will in the inflated network.
+        probe: Pictures drawn of seen and of held-out pairs for a figure, at each checkpoint.
     """
 
     seed: int = 0
     scenes: int = 16_000
     frames_per_scene: int = 4
-    vae_steps: int = 2_500
+    vae_steps: int = 2_000
     vae_batch: int = 32
     vae_learning_rate: float = 2e-3
     kl_weight: float = 5e-4
@@ -102,6 +103,8 @@ class Recipe:
     caption_dropout: float = 0.1
     ema: float = 0.999
     guidance_scale: float = 3.0
+    probe: int = 100
+    checkpointing_steps: int = 1_000
 
 
 def scheduler_config(recipe: Recipe) -> dict[str, Any]:

@@ -64,9 +64,14 @@ def test_prompts_come_from_the_command_line_and_from_a_file(finished_run, cli, t
     assert {path.name for path in folder.iterdir()} == {
         *names,
         "contact-sheet.png",
+        "side-by-side.gif",
         "side-by-side.mp4",
     }
-    written = [f"{stem}.mp4" for stem in stems] + ["contact-sheet.png", "side-by-side.mp4"]
+    written = [f"{stem}.mp4" for stem in stems] + [
+        "contact-sheet.png",
+        "side-by-side.mp4",
+        "side-by-side.gif",
+    ]
     assert outcome.out.splitlines() == [f"wrote {folder / name}" for name in written]
     for stem in stems:
         assert read_video(folder / f"{stem}.mp4").std() > 1
@@ -115,6 +120,7 @@ def test_only_what_is_missing_is_made(run_copy, cli):
     assert [line for line in outcome.out.splitlines() if "contact" not in line][1:] == [
         f"wrote {folder / 'a dog is moving.mp4'}",
         f"wrote {folder / 'side-by-side.mp4'}",
+        f"wrote {folder / 'side-by-side.gif'}",
     ]
     after = listing(folder)
     changed = {path.name for path in after if after[path] != before.get(path)}
@@ -122,6 +128,7 @@ def test_only_what_is_missing_is_made(run_copy, cli):
         "a dog is moving.mp4",
         "a dog is moving.json",
         "contact-sheet.png",
+        "side-by-side.gif",
         "side-by-side.mp4",
     }
 

@@ -92,6 +92,7 @@ def test_a_run_has_the_files_of_the_contract(finished_run):
     for step in (4, 6):
         assert {path.name for path in (folder / f"samples/sample-{step}").iterdir()} == {
             "contact-sheet.png",
+            "side-by-side.gif",
             "side-by-side.mp4",
             *(f"{prompt}.{suffix}" for prompt in PROMPTS for suffix in ("mp4", "json")),
         }

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from tav_jax.config import load_config
+from tav_jax.config import load_config, parse, read_tree
+from tav_jax.scenes.experiments import Experiment
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+EXPERIMENTS = sorted((ROOT / "configs/experiments").glob("*.yaml"))
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 
 
@@ -18,6 +20,17 @@ def test_a_config_reads_without_notes_and_names_its_own_command(path):
     assert notes == []
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(f"--config {path.relative_to(ROOT)}" in line for line in header)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_reads_and_names_its_own_command(path):
+    experiment = parse(Experiment, read_tree(path), str(path))
+    settings = experiment.settings()
+    assert len(set(settings.values())) == len(settings)
+    assert f"--config {path.relative_to(ROOT)}" in path.read_text()
+    if experiment.sweep:
+        values = [float(getattr(setting, experiment.sweep)) for setting in settings.values()]
+        assert values == sorted(values) == [float(name) for name in settings]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""The base model's training, from nothing to a folder, with very few of everything."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tav_jax.scenes import pretrain
+from tav_jax.scenes.world import SIZE, WORDS
+from tav_jax.stable_diffusion import load_model, tokenize
+
+FEW = (
+    *("scenes=24", "vae_steps=4", "vae_batch=4", "steps=4", "batch=8"),
+    *("group_share=0.5", "probe=3", "checkpointing_steps=2"),
+)
+    "scenes=24",
+    "vae_steps=4",
+    "vae_batch=4",
+    "steps=4",
+    "batch=8",
+    "group_share=0.5",
+    "probe=3",
+    "checkpointing_steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrain") / "out"
+    assert pretrain.main(["--output-dir", str(folder), *FEW]) == 0
+    return folder
+
+
+def weights(folder):
+    files = sorted((folder / "tiny-scenes").rglob("*.safetensors"))
+    return {f"{file.parent.name} {k}": v for file in files for k, v in load_file(file).items()}
+
+
+def test_every_stage_leaves_its_curve_and_its_figure(trained):
+    for stage in ("autoencoder", "diffusion"):
+        assert (trained / stage / "metrics.jsonl").read_text().count('"step": 4') == 1
+    assert (trained / "diffusion/pictures.png").is_file()
+
+
+def test_the_folder_is_a_model_that_draws(trained):
+    model = load_model(trained / "tiny-scenes")
+    picture = pretrain.draw(model, ["a red circle on grass"], 3.0, seed=0)
+    assert picture.shape == (1, SIZE, SIZE, 3)
+    assert picture.std() > 1
+    assert all(value.dtype == np.float16 for value in weights(trained).values())
+
+
+def test_a_word_of_the_world_is_one_token_and_any_other_text_is_read(trained):
+    model = load_model(trained / "tiny-scenes")
+    tokenizer = model.tokenizer
+    for word in WORDS:
+        assert len(tokenizer(word).input_ids) == 3, word
+    for text in ("Zebra-97 über 滑雪 🐼", "", "a " * 11):
+        assert tokenize(model, [text]).shape == (1, 24)
+        decoded = tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True)
+        assert decoded.strip() == text.lower().strip()
+
+
+def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(trained, tmp_path):
+    stopped = tmp_path / "stopped"
+    shutil.copytree(trained, stopped)
+    shutil.rmtree(stopped / "tiny-scenes")
+    for stage in ("autoencoder", "diffusion"):
+        shutil.rmtree(stopped / stage / "checkpoints/4")
+    assert pretrain.main(["--output-dir", str(stopped), *FEW]) == 0
+    ours, theirs = weights(stopped), weights(trained)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["steps=5"], "another recipe", id="another recipe"),
+        pytest.param(["stepps=5"], "stepps: unknown key; did you mean steps?", id="misspelt"),
+        pytest.param(["steps=many", "batch=1.5"], "batch: ", id="two wrong values"),
+        pytest.param(["steps"], "expected key=value", id="no value"),
+    ],
+)
+def test_wrong_arguments_end_in_a_line(trained, capsys, arguments, message):
+    assert pretrain.main(["--output-dir", str(trained), *FEW, *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_standardising_changes_latents_and_no_picture():
+    vae = pretrain.init_network(pretrain.AutoencoderKL, pretrain.VAE, jax.random.key(0))
+    bias = jax.random.normal(jax.random.key(1), (8,))
+    vae = vae.with_params(vae.params | {"quant_conv.bias": bias})
+    pictures = jax.random.normal(jax.random.key(2), (4, 1, SIZE, SIZE, 3))
+    moments = vae.bind().encode(pictures)
+    after = vae.with_params(pretrain.standardised(vae.params, moments))
+    mean, logvar = np.split(np.asarray(after.bind().encode(pictures)), 2, axis=-1)
+    np.testing.assert_allclose(mean.mean((0, 1, 2, 3)), 0, atol=1e-5)
+    variance = mean.var((0, 1, 2, 3)) + np.exp(logvar).mean((0, 1, 2, 3))
+    np.testing.assert_allclose(variance, 1, rtol=1e-4)
+    old = vae.bind().decode(moments[..., :4])
+    np.testing.assert_allclose(after.bind().decode(mean), old, atol=1e-4)

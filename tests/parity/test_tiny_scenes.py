@@ -1,0 +1,41 @@
+"""The shipped base model in PyTorch: diffusers draws the same picture from the same noise."""
+
+import numpy as np
+import pytest
+
+from tav_jax.pipeline import decode_latents, random_latents, sample_latents
+from tav_jax.stable_diffusion import SHIPPED, load_model
+
+torch = pytest.importorskip("torch")
+
+# diffusers' own import warns of torch's renamed parts.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PROMPT = "a yellow square is moving right on sand"
+
+
+def test_diffusers_draws_the_same_picture(recwarn):
+    from diffusers import StableDiffusionPipeline
+
+    theirs = StableDiffusionPipeline.from_pretrained(
+        SHIPPED["tiny-scenes"], torch_dtype=torch.float32, local_files_only=True
+    )
+    theirs.set_progress_bar_config(disable=True)
+    model = load_model("tiny-scenes")
+    model = model.with_unet(
+        model.unet.with_config(attention_scope="spatial")  # one frame: any scope is the same
+    )
+    noise = random_latents(model, [3], 1, 32, 32)
+    latents = sample_latents(model, noise, [PROMPT], guidance_scale=3.0, num_inference_steps=20)
+    ours = np.asarray(decode_latents(model, latents))[0, 0] / 2 + 0.5
+    picture = theirs(
+        PROMPT,
+        height=32,
+        width=32,
+        latents=torch.tensor(np.moveaxis(np.asarray(noise)[0], -1, 1)),
+        guidance_scale=3.0,
+        num_inference_steps=20,
+        output_type="np",
+    ).images[0]
+    np.testing.assert_allclose(np.clip(ours, 0, 1), picture, atol=2e-3)
+    assert picture.std() > 0.1
