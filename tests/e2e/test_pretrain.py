@@ -15,15 +15,6 @@ FEW = (
     *("scenes=24", "vae_steps=4", "vae_batch=4", "steps=4", "batch=8"),
     *("group_share=0.5", "probe=3", "checkpointing_steps=2"),
 )
-    "scenes=24",
-    "vae_steps=4",
-    "vae_batch=4",
-    "steps=4",
-    "batch=8",
-    "group_share=0.5",
-    "probe=3",
-    "checkpointing_steps=2",
-]
 
 
 @pytest.fixture(scope="module")
