@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Sets everything up and runs the whole method once, on any machine with Python 3.11 or newer:
-# about three minutes on two CPU cores, most of them compiling, and 1 GB of memory.
+# Sets everything up and shows the whole idea once, on any machine with Python 3.11 or newer: tunes
+# the base model that comes with the package on a shipped clip and edits it.
 #   bash launch/quickstart.sh
-# The model is tests/golden/base, whose weights are random: the run is real, its pictures are not.
+# About two minutes on two CPU cores after the installation, and 2 GB of memory.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python3 -m venv .venv
 .venv/bin/pip install --quiet --editable .
 .venv/bin/python -m tav_jax.tune --config configs/quickstart.yaml
-.venv/bin/python -m tav_jax.sample --run outputs/quickstart --prompt "a green ball is rolling"
+.venv/bin/python -m tav_jax.sample --run outputs/quickstart \
+    --prompt "a yellow square is moving right on sand"

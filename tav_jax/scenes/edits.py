@@ -1,15 +1,11 @@
 """Prompts for a clip of the world, and what a picture must show to have followed them."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from tav_jax.scenes.world import BACKGROUNDS, COLOURS, STYLES, SUBJECTS, Scene, describe
+from tav_jax.scenes.world import ATTRIBUTES, SUBJECTS, TAUGHT_STYLES, Scene, describe
 
-ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "subject": SUBJECTS,
-    "colour": tuple(COLOURS),
-    "background": tuple(BACKGROUNDS),
-    "style": STYLES,
-}
+TAUGHT = ATTRIBUTES | {"style": TAUGHT_STYLES}
 
 
 @dataclass(frozen=True)
@@ -35,10 +31,10 @@ def edits_of(clip: Scene) -> list[Edit]:
     """Returns the source prompt, eight edits that say everything, and three open prompts."""
 
     def other(attribute: str, steps: int) -> str:
-        values = ATTRIBUTES[attribute]
+        values = TAUGHT[attribute]
         return values[(values.index(getattr(clip, attribute)) + steps) % len(values)]
 
-    changed = [
+    changed: list[tuple[str, dict[str, Any]]] = [
         ("source", {}),
         ("subject", {"subject": other("subject", 1)}),
         ("subject", {"subject": other("subject", 3)}),
@@ -46,7 +42,7 @@ def edits_of(clip: Scene) -> list[Edit]:
         ("colour", {"colour": other("colour", 4)}),
         ("background", {"background": other("background", 1)}),
         ("background", {"background": other("background", 2)}),
-        ("style", {"style": other("style", 1 + SUBJECTS.index(clip.subject) % 3)}),
+        ("style", {"style": other("style", 1 + SUBJECTS.index(clip.subject) % 2)}),
         ("all", {name: other(name, 2) for name in ("subject", "colour", "background")}),
     ]
     edits = []

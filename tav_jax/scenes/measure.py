@@ -6,9 +6,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from tav_jax.scenes.drawing import cover, truth
-from tav_jax.scenes.edits import ATTRIBUTES
 from tav_jax.scenes.reader import Reading, read_frame
-from tav_jax.scenes.world import SIZE, Scene
+from tav_jax.scenes.world import ATTRIBUTES, SIZE, TAUGHT_STYLES, Scene
 
 Frames = UInt8[np.ndarray, "f H W 3"]
 
@@ -33,13 +32,13 @@ def measure(video: Frames, clip: Scene, asks: Mapping[str, str]) -> dict[str, fl
             move: the background where neither frame has the subject, and the subject's own
             colour.
     """
-    seen = read_frame(video, styles=True)
+    seen = read_frame(video, styles=TAUGHT_STYLES)
     figures: dict[str, float | None] = {}
-    for name, values in ATTRIBUTES.items():
+    for name in ATTRIBUTES:
         if name not in asks:
             figures[name] = None
             continue
-        right = getattr(seen, name) == values.index(asks[name])
+        right = getattr(seen, name) == ATTRIBUTES[name].index(asks[name])
         if name in ("subject", "colour"):
             right &= seen.present
         figures[name] = float(right.mean())

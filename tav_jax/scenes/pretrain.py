@@ -15,12 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jaxtyping import UInt8
+from jaxtyping import Float, Float32, UInt8
 from tqdm import tqdm
 
 from tav_jax import published_config
@@ -32,7 +33,7 @@ from tav_jax.models.network import Network, init_network
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import AutoencoderKL, sample_posterior
 from tav_jax.pipeline import decode_latents, random_latents, sample_latents
-from tav_jax.scenes.drawing import render_batch
+from tav_jax.scenes.drawing import cover, place, render_batch
 from tav_jax.scenes.reader import read_frame
 from tav_jax.scenes.recipe import (
     UNET,
@@ -43,11 +44,10 @@ from tav_jax.scenes.recipe import (
     write_tokenizer,
 )
 from tav_jax.scenes.world import (
-    BACKGROUNDS,
-    COLOURS,
+    ATTRIBUTES,
     SIZE,
-    STYLES,
     SUBJECTS,
+    TAUGHT_STYLES,
     Scene,
     caption,
     describe,
@@ -62,6 +62,9 @@ CAPTIONS_PER_SCENE = 4
 # Weight of a pixel's error where something is drawn, against the background's.
 FOREGROUND = 4.0
 FIRST_LOGVAR = -4.0
+# Of the latents' channels, 1 in all (root mean square). The silhouette's is the largest, so that
+# while sampling a subject's place is settled before its colour, and is the same for every colour.
+LATENT_DEVIATIONS = (1.6, 0.7, 0.7, 0.7)
 
 
 class Learner(NamedTuple):
@@ -79,20 +82,36 @@ class Data:
 
     Args:
         frames: One clip per scene.
+        silhouettes: How much of each latent's pixels the subject covers.
     """
 
     scenes: list[Scene]
     frames: UInt8[np.ndarray, "n f H W 3"]
+    silhouettes: Float32[np.ndarray, "n f h w"]
 
 
 def make_data(recipe: Recipe) -> Data:
-    """Returns scenes without the held-out pairs, drawn at random times; five eighths are plain."""
+    """Returns scenes without the held-out pairs, drawn at random times; two thirds are plain."""
     rng = np.random.default_rng(recipe.seed)
     half = recipe.scenes // 2
-    scenes = sample_scenes(rng, recipe.scenes - half) + sample_scenes(rng, half, styles=True)
+    scenes = sample_scenes(rng, recipe.scenes - half) + sample_scenes(
+        rng, half, styles=TAUGHT_STYLES
+    )
     times = np.sort(rng.random((recipe.scenes, recipe.frames_per_scene)), axis=1)
     drawn = [render_batch(scenes, column) for column in times.T]
-    return Data(scenes, np.stack(drawn, axis=1))
+    silhouettes = [silhouettes_of(scenes, column) for column in times.T]
+    return Data(scenes, np.stack(drawn, axis=1), np.stack(silhouettes, axis=1))
+
+
+def silhouettes_of(
+    scenes: Sequence[Scene], times: Float[np.ndarray, "n"]
+) -> Float32[np.ndarray, "n h w"]:
+    """Returns how much of each latent's pixels the scenes' subjects cover."""
+    places = np.array([place(*each) for each in zip(scenes, times.tolist(), strict=True)])
+    subjects = np.array([SUBJECTS.index(scene.subject) for scene in scenes])
+    covered = cover(subjects, places, SIZE)
+    factor = VAE.downsampling
+    return einops.reduce(covered, "n (h a) (w b) -> n h w", "mean", a=factor, b=factor)
 
 
 def warm_up_cosine(learning_rate: float, steps: int) -> optax.Schedule:
@@ -159,7 +178,7 @@ def learn(
 
 def share_right(scenes: Sequence[Scene], frames: UInt8[np.ndarray, "n H W 3"]) -> dict[str, float]:
     """Returns how often the reader finds in pictures what their scenes say."""
-    seen = read_frame(frames, styles=True)
+    seen = read_frame(frames, styles=TAUGHT_STYLES)
     return {
         name: float(
             np.mean(
@@ -171,12 +190,7 @@ def share_right(scenes: Sequence[Scene], frames: UInt8[np.ndarray, "n H W 3"]) -
                 ]
             )
         )
-        for name, names in (
-            ("subject", SUBJECTS),
-            ("colour", list(COLOURS)),
-            ("background", list(BACKGROUNDS)),
-            ("style", STYLES),
-        )
+        for name, names in ATTRIBUTES.items()
     }
 
 
@@ -198,7 +212,11 @@ def train_vae(recipe: Recipe, data: Data, folder: Path) -> Network[AutoencoderKL
     vae = vae.with_params(vae.params | {"quant_conv.bias": bias})
     pictures = data.frames.reshape(-1, *data.frames.shape[2:])
 
-    def loss_fn(params: dict, key: PRNGKey, pixel_values: PixelValues, weight: Array) -> Scalar:
+    silhouettes = data.silhouettes.reshape(-1, *data.silhouettes.shape[2:])
+
+    def loss_fn(
+        params: dict, key: PRNGKey, pixel_values: PixelValues, weight: Array, silhouette: Array
+    ) -> Scalar:
         module = vae.with_params(params["vae"]).bind()
         moments = module.encode(pixel_values)
         mean, logvar = jnp.split(moments, 2, axis=-1)
@@ -207,18 +225,25 @@ def train_vae(recipe: Recipe, data: Data, folder: Path) -> Network[AutoencoderKL
         error = decoded - pixel_values
         reconstruction = jnp.mean(weight * (jnp.abs(error) + jnp.square(error)))
         divergence = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
-        return reconstruction + recipe.kl_weight * divergence
+        silhouette_error = jnp.mean(jnp.square(mean[..., 0] - (2 * silhouette - 1)))
+        return (
+            reconstruction
+            + recipe.kl_weight * divergence
+            + recipe.silhouette_weight * silhouette_error
+        )
 
     def batches(step: int) -> tuple:
         rng = np.random.default_rng((recipe.seed, 1, step))
-        chosen = pictures[rng.integers(len(pictures), size=recipe.vae_batch)]
+        indices = rng.integers(len(pictures), size=recipe.vae_batch)
+        chosen, silhouette = pictures[indices], silhouettes[indices, None]
         # What differs from the picture's own median is drawn on it.
         distance = np.abs(chosen.astype(np.float32) - np.median(chosen, axis=(1, 2), keepdims=True))
         weight = 1 + (FOREGROUND - 1) * (distance.max(-1, keepdims=True) > 60)
-        return to_pixel_values(chosen)[:, None], weight[:, None].astype(np.float32)
+        weight = weight[:, None].astype(np.float32)
+        return to_pixel_values(chosen)[:, None], weight, silhouette
 
     rng = np.random.default_rng((recipe.seed, 2))
-    probe = sample_scenes(rng, 512, held_out=None, styles=True)
+    probe = sample_scenes(rng, 512, held_out=None, styles=TAUGHT_STYLES)
     truth = render_batch(probe, rng.random(512))
 
     @jax.jit
@@ -257,7 +282,7 @@ def train_vae(recipe: Recipe, data: Data, folder: Path) -> Network[AutoencoderKL
 
 
 def standardised(params: Params, moments: Moments) -> Params:
-    """Returns the same autoencoder with latents of mean 0 and deviation 1 in every channel.
+    """Returns the same autoencoder with latents of mean 0 and `LATENT_DEVIATIONS`.
 
     The layers next to the latents are 1x1, so that scale and shift go into their weights.
 
@@ -267,7 +292,7 @@ def standardised(params: Params, moments: Moments) -> Params:
     mean, logvar = jnp.split(moments, 2, axis=-1)
     axes = tuple(range(mean.ndim - 1))
     centre = mean.mean(axes)
-    scale = jnp.sqrt(mean.var(axes) + jnp.exp(logvar).mean(axes))
+    scale = jnp.sqrt(mean.var(axes) + jnp.exp(logvar).mean(axes)) / np.array(LATENT_DEVIATIONS)
     shift = jnp.concatenate([centre / scale, 2 * jnp.log(scale)])
     spread = jnp.concatenate([scale, jnp.ones_like(scale)])
     decoding = params["post_quant_conv.kernel"]
@@ -394,11 +419,12 @@ def draw(model: Model, prompts: Sequence[str], guidance_scale: float, seed: int)
 
 def drawn_figure(model: Model, recipe: Recipe, folder: Path) -> str:
     """Says how often the model draws what full prompts name, and leaves some in `pictures.png`."""
-    lines, rows = [], {}
+    lines: list[str] = []
+    rows: dict[str, np.ndarray] = {}
     for pairs in ("seen", "held-out"):
         held_out = pairs == "held-out"
         rng = np.random.default_rng((recipe.seed, 5, held_out))
-        scenes = sample_scenes(rng, recipe.probe, held_out=held_out, styles=True)
+        scenes = sample_scenes(rng, recipe.probe, held_out=held_out, styles=TAUGHT_STYLES)
         prompts = [describe(scene) for scene in scenes]
         pictures = draw(model, prompts, recipe.guidance_scale, 1)
         lines.append(f"{pairs} pairs: {in_words(share_right(scenes, pictures))}")

@@ -5,6 +5,7 @@ each pixel is subject follows from its distances to both colours, as it does in 
 that silhouette is compared with each subject's own, drawn at the same place in the same size.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,19 +57,22 @@ class Reading(NamedTuple):
     present: Bool[np.ndarray, "n"]
 
 
-def read_frame(frames: UInt8[np.ndarray, "n H W 3"], *, styles: bool = False) -> Reading:
-    """What each frame shows; with `styles` also in which of `STYLES`, else "plain" is taken."""
+def read_frame(
+    frames: UInt8[np.ndarray, "n H W 3"], *, styles: Sequence[str] = STYLES[:1]
+) -> Reading:
+    """What each frame shows, its style being one of `styles`."""
     parts = [_read(frames[i : i + CHUNK], styles) for i in range(0, len(frames), CHUNK)]
     return Reading(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def _read(frames: UInt8[np.ndarray, "n H W 3"], styles: bool) -> Reading:
+def _read(frames: UInt8[np.ndarray, "n H W 3"], styles: Sequence[str]) -> Reading:
     size = frames.shape[1]
     pixels = frames.astype(np.float32)
     n = len(frames)
     style = np.zeros(n, int)
-    if styles:
+    if "pixel art" in styles:
         style[_has_cells(pixels)] = STYLES.index("pixel art")
+    if "striped" in styles:
         strength = _stripes(pixels)
         style[strength.max(axis=1) - strength.min(axis=1) > 0.15] = STYLES.index("striped")
         striped = style == STYLES.index("striped")
@@ -76,7 +80,8 @@ def _read(frames: UInt8[np.ndarray, "n H W 3"], styles: bool) -> Reading:
         rows = (np.arange(size) * SIZE // size % STRIPE).astype(int)
         pixels[striped] /= shade[:, rows, None, None]
 
-    background, paled = _background(pixels, styles)
+    may_be_lined = "line drawing" in styles
+    background, paled = _background(pixels, may_be_lined)
     not_striped = style != STYLES.index("striped")
     ends = np.array(list(BACKGROUNDS.values()), np.float32)[background]  # n 2 3
     pale = (paled & not_striped)[:, None, None]
@@ -91,7 +96,7 @@ def _read(frames: UInt8[np.ndarray, "n H W 3"], styles: bool) -> Reading:
     palette = np.array(list(COLOURS.values()), np.float32)
     lined = paled & not_striped
     colour, near_colour = _colour(pixels, far, np.where(lined, FILL_PALER, 0), palette)
-    if styles:  # Snow is as white when paler: there the outline tells.
+    if may_be_lined:  # Snow is as white when paler: there the outline tells.
         fill = palette[colour]
         mixed, _ = _distance(pixels, np.stack([ends.mean(axis=1), fill], axis=1))
         off = np.maximum(mixed - UNMIXED, 0).sum(axis=(1, 2)) / size
@@ -133,11 +138,13 @@ def _distance(pixels: Pixels, ends: Float32[np.ndarray, "n 2 3"]) -> tuple[Field
     return np.sqrt((gap**2).sum(-1)), gap
 
 
-def _background(pixels: Pixels, styles: bool) -> tuple[Int[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
+def _background(
+    pixels: Pixels, may_be_lined: bool
+) -> tuple[Int[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
     """Which background most pixels are nearest to, and whether to its paler form."""
     n = len(pixels)
     ends = np.array(list(BACKGROUNDS.values()), np.float32)
-    forms = np.stack([ends, ends + PALER * (WHITE - ends)] if styles else [ends])
+    forms = np.stack([ends, ends + PALER * (WHITE - ends)] if may_be_lined else [ends])
     distances = [
         _distance(pixels, np.broadcast_to(each, (n, 2, 3)))[0] for each in forms.reshape(-1, 2, 3)
     ]

@@ -83,6 +83,7 @@ class Recipe:
     Args:
         scenes: Scenes of the training set, each drawn at `frames_per_scene` times.
         kl_weight: Of the posterior's divergence, per latent number, against a picture's error.
+        silhouette_weight: Of the first latent channel's difference from the subject's silhouette.
         group_share: Share of the U-Net's steps on groups of frames of one scene, whose residual
             blocks share their statistics, as they will in the inflated network.
         probe: Pictures drawn of seen and of held-out pairs for a figure, at each checkpoint.
@@ -91,10 +92,11 @@ class Recipe:
     seed: int = 0
     scenes: int = 16_000
     frames_per_scene: int = 4
-    vae_steps: int = 2_000
+    vae_steps: int = 2_200
     vae_batch: int = 32
     vae_learning_rate: float = 2e-3
-    kl_weight: float = 5e-4
+    kl_weight: float = 1e-4
+    silhouette_weight: float = 0.3
     prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
     steps: int = 7_000
     batch: int = 64

@@ -30,6 +30,15 @@ BACKGROUNDS = {
     "night": ((8, 10, 30), (32, 34, 62)),
 }
 STYLES = ("plain", "line drawing", "pixel art", "striped")
+# What the base model learns of them: its autoencoder smooths the cells of pixel art away.
+TAUGHT_STYLES = ("plain", "line drawing", "striped")
+
+ATTRIBUTES = {
+    "subject": SUBJECTS,
+    "colour": tuple(COLOURS),
+    "background": tuple(BACKGROUNDS),
+    "style": STYLES,
+}
 
 # The first phrase is the one in prompts; captions use the second now and then.
 MOTIONS = {
@@ -131,14 +140,14 @@ def sample_scenes(
     n: int,
     *,
     held_out: bool | None = False,
-    styles: bool = False,
+    styles: Sequence[str] = STYLES[:1],
     motions: Sequence[str] = tuple(MOTIONS),
 ) -> list[Scene]:
     """Scenes whose subject stays within the picture from time 0 to 1.
 
     Args:
       held_out: False for no pair of `HELD_OUT`, True for only those, None for any pair.
-      styles: a quarter of each of `STYLES`, instead of "plain" alone.
+      styles: equal shares of each; by default "plain" alone.
     """
     pairs = [
         (subject, colour)
@@ -150,7 +159,7 @@ def sample_scenes(
     kinds = zip(
         rng.integers(len(pairs), size=n).tolist(),
         rng.integers(len(backgrounds), size=n).tolist(),
-        rng.integers(len(STYLES) if styles else 1, size=n).tolist(),
+        rng.integers(len(styles), size=n).tolist(),
         rng.integers(len(motions), size=n).tolist(),
         rng.integers(2**31, size=n).tolist(),
         rng.random((n, 4)).tolist(),
@@ -178,7 +187,7 @@ def sample_scenes(
         x, y = left + c * (right - left), top + d * (bottom - top)
         numbers = (radius, x, y, travel, seed)
         scenes.append(
-            Scene(subject, colour, backgrounds[background], STYLES[style], motion, *numbers)
+            Scene(subject, colour, backgrounds[background], styles[style], motion, *numbers)
         )
     return scenes
 

@@ -48,7 +48,7 @@ def test_a_word_of_the_world_is_one_token_and_any_other_text_is_read(trained):
     tokenizer = model.tokenizer
     for word in WORDS:
         assert len(tokenizer(word).input_ids) == 3, word
-    for text in ("Zebra-97 über 滑雪 🐼", "", "a " * 11):
+    for text in ("zap 9 ü 滑 🐼", "", "a " * 11):
         assert tokenize(model, [text]).shape == (1, 24)
         decoded = tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True)
         assert decoded.strip() == text.lower().strip()
@@ -88,9 +88,9 @@ def test_standardising_changes_latents_and_no_picture():
     pictures = jax.random.normal(jax.random.key(2), (4, 1, SIZE, SIZE, 3))
     moments = vae.bind().encode(pictures)
     after = vae.with_params(pretrain.standardised(vae.params, moments))
-    mean, logvar = np.split(np.asarray(after.bind().encode(pictures)), 2, axis=-1)
+    mean, logvar = jax.numpy.split(after.bind().encode(pictures), 2, axis=-1)
     np.testing.assert_allclose(mean.mean((0, 1, 2, 3)), 0, atol=1e-5)
-    variance = mean.var((0, 1, 2, 3)) + np.exp(logvar).mean((0, 1, 2, 3))
-    np.testing.assert_allclose(variance, 1, rtol=1e-4)
+    variance = mean.var((0, 1, 2, 3)) + jax.numpy.exp(logvar).mean((0, 1, 2, 3))
+    np.testing.assert_allclose(variance**0.5, pretrain.LATENT_DEVIATIONS, rtol=1e-4)
     old = vae.bind().decode(moments[..., :4])
     np.testing.assert_allclose(after.bind().decode(mean), old, atol=1e-4)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tav_jax.scenes.drawing import render
-from tav_jax.scenes.edits import ATTRIBUTES, edits_of
+from tav_jax.scenes.edits import edits_of
 from tav_jax.scenes.measure import measure
 from tav_jax.scenes.report import EDITS, Measure, bootstrap, summarise, write_report
-from tav_jax.scenes.world import CLIPS
+from tav_jax.scenes.world import ATTRIBUTES, CLIPS
 
 CLIP = CLIPS["circle-right"]
 
