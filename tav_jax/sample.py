@@ -182,7 +182,7 @@ def _write_sample(sample: Sample, video: Frames, folder: Path, config: TuneConfi
     return video_path
 
 
-def shown(video: Frames) -> Frames:
+def shown(video: Frames) -> UInt8[np.ndarray, "f H2 W2 3"]:
     """Returns a video as it is written: tiny ones enlarged.
 
     Players show 32 pixels as a speck, and an mp4 has colours for every second pixel only.

@@ -344,7 +344,7 @@ def test_a_prompt_named_like_an_overview_is_not_lost(finished_run, cli, tmp_path
     assert cli(sample, *command, "--prompt", "side-by-side").status == 0
     [record] = tmp_path.glob("*.json")
     # The overview has the clip beside the sample, the sample has not.
-    assert frames_of[f"{record.stem}.mp4"].shape == (4, 32, 32, 3)
+    assert frames_of[f"{record.stem}.mp4"].shape == (4, 256, 256, 3)
 
 
 def test_a_prompt_that_is_too_long_is_quoted_where_it_is_cut(finished_run, cli, tmp_path):
