@@ -32,9 +32,7 @@ from tav_jax.models.clip import CLIPTextModel
 from tav_jax.models.network import Network, init_network
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import AutoencoderKL, sample_posterior
-from tav_jax.pipeline import decode_latents, random_latents, sample_latents
 from tav_jax.scenes.drawing import cover, place, render_batch
-from tav_jax.scenes.reader import read_frame
 from tav_jax.scenes.recipe import (
     UNET,
     VAE,
@@ -43,8 +41,8 @@ from tav_jax.scenes.recipe import (
     text_config,
     write_tokenizer,
 )
+from tav_jax.scenes.text_to_image import draw_scenes, in_words, share_right
 from tav_jax.scenes.world import (
-    ATTRIBUTES,
     SIZE,
     SUBJECTS,
     TAUGHT_STYLES,
@@ -174,28 +172,6 @@ def learn(
                 save_items(folder / "checkpoints", step, learner=learner)
                 say(f"{folder.name} {step}: {figure(learner.average)}")
     return learner.average
-
-
-def share_right(scenes: Sequence[Scene], frames: UInt8[np.ndarray, "n H W 3"]) -> dict[str, float]:
-    """Returns how often the reader finds in pictures what their scenes say."""
-    seen = read_frame(frames, styles=TAUGHT_STYLES)
-    return {
-        name: float(
-            np.mean(
-                [
-                    bool(present) and names[index] == getattr(scene, name)
-                    for scene, index, present in zip(
-                        scenes, getattr(seen, name).tolist(), seen.present, strict=True
-                    )
-                ]
-            )
-        )
-        for name, names in ATTRIBUTES.items()
-    }
-
-
-def in_words(figures: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
 
 
 # ---- autoencoder
@@ -400,36 +376,22 @@ def train_diffusion(recipe: Recipe, data: Data, vae: Network[AutoencoderKL], fol
     return assemble(params)
 
 
-def draw(model: Model, prompts: Sequence[str], guidance_scale: float, seed: int) -> np.ndarray:
-    """Returns a picture per prompt, from random noise in 50 steps."""
-    at_a_time = 100
-    pictures = []
-    for start in range(0, len(prompts), at_a_time):
-        few = list(prompts[start : start + at_a_time])
-        seeds = [seed * 1_000_000 + start + index for index in range(len(few))]
-        latents = sample_latents(
-            model,
-            random_latents(model, seeds, 1, SIZE, SIZE),
-            few,
-            guidance_scale=guidance_scale,
-        )
-        pictures.append(to_frames(np.asarray(decode_latents(model, latents)))[:, 0])
-    return np.concatenate(pictures)
-
-
 def drawn_figure(model: Model, recipe: Recipe, folder: Path) -> str:
     """Says how often the model draws what full prompts name, and leaves some in `pictures.png`."""
     lines: list[str] = []
     rows: dict[str, np.ndarray] = {}
     for pairs in ("seen", "held-out"):
-        held_out = pairs == "held-out"
-        rng = np.random.default_rng((recipe.seed, 5, held_out))
-        scenes = sample_scenes(rng, recipe.probe, held_out=held_out, styles=TAUGHT_STYLES)
-        prompts = [describe(scene) for scene in scenes]
-        pictures = draw(model, prompts, recipe.guidance_scale, 1)
+        scenes, pictures = draw_scenes(
+            model,
+            recipe.probe,
+            recipe.guidance_scale,
+            held_out=pairs == "held-out",
+            seed=recipe.seed,
+        )
         lines.append(f"{pairs} pairs: {in_words(share_right(scenes, pictures))}")
         rows |= {
-            f"{pairs}: {prompts[i]} ...": pictures[i : i + 8] for i in (0, 8) if i < len(prompts)
+            f"{pairs} pairs: {describe(scenes[start])} ...": pictures[start : start + 8]
+            for start in range(0, min(len(scenes), 24), 8)
         }
     write_image(folder / "pictures.png", contact_sheet(rows))
     return "; ".join(lines)

@@ -81,3 +81,35 @@ def faults(edited: Edited) -> Iterator[str]:
 
 def test_an_edit_changes_the_colour_and_keeps_the_motion():
     assert list(faults(run())) == []
+
+
+def weights_over_queries(scores, width, dtype):
+    return jax.nn.softmax(scores * width**-0.5, axis=-2).astype(dtype)
+
+
+def other_way_round(names, trainable_modules):
+    labels = label_params(names, trainable_modules)
+    return {name: "freeze" if label == "train" else "train" for name, label in labels.items()}
+
+
+def no_step(schedule, model_output, latents, timestep, stride):
+    return latents
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "broken", "fault"),
+    [
+        pytest.param(attention, "attention_weights", weights_over_queries, "edit", id="attention"),
+        pytest.param(sampling, "ddim_inverse_step", no_step, "edit: another way", id="inversion"),
+        pytest.param(pipeline, "label_params", other_way_round, "partition", id="partition"),
+    ],
+)
+def test_a_broken_part_is_noticed(monkeypatch, module, name, broken, fault):
+    monkeypatch.setattr(module, name, broken)
+    # Programs that were compiled from the whole parts would hide the broken one.
+    jax.clear_caches()
+    try:
+        found = list(faults(run()))
+    finally:
+        jax.clear_caches()
+    assert any(line.startswith(fault) for line in found), found

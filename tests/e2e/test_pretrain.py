@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tav_jax.scenes import pretrain
+from tav_jax.scenes.text_to_image import draw
 from tav_jax.scenes.world import SIZE, WORDS
 from tav_jax.stable_diffusion import load_model, tokenize
 
@@ -37,7 +38,7 @@ def test_every_stage_leaves_its_curve_and_its_figure(trained):
 
 def test_the_folder_is_a_model_that_draws(trained):
     model = load_model(trained / "tiny-scenes")
-    picture = pretrain.draw(model, ["a red circle on grass"], 3.0, seed=0)
+    picture = draw(model, ["a red circle on grass"], 3.0, seed=0)
     assert picture.shape == (1, SIZE, SIZE, 3)
     assert picture.std() > 1
     assert all(value.dtype == np.float16 for value in weights(trained).values())

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_programs_of_the_readme_run_as_printed(tmp_path):
     programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(programs) == 2
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     # The second goes on from where the first ended.
     done = subprocess.run(
         [sys.executable, "-c", "".join(programs)],
@@ -21,6 +21,6 @@ def test_the_programs_of_the_readme_run_as_printed(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "(2, 4, 64, 64, 3) uint8\n"
+    assert done.stdout == "(2, 8, 32, 32, 3) uint8\n"
     for name in ("edits.png", "tuned/unet/config.json"):
         assert (tmp_path / name).is_file()
