@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import UInt8
+from jax import Array
+from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from tav_jax.partition import TRAINABLE_MODULES, label_params, make_optimizer
@@ -124,7 +125,7 @@ def invert_latents(
 
 def sample_latents(
     model: Model,
-    latents: Latents,
+    latents: Float[Array, "_ f h w c"],
     prompts: Sequence[str],
     *,
     negative_prompt: str = "",

@@ -254,4 +254,5 @@ def save_tensors(path: Path, params: Mapping[str, Array]) -> None:
         whole = Path(folder) / path.name
         # The published code's loader asks for this mark.
         save_file(tensors, whole, metadata={"format": "pt"})
+        whole.chmod(0o644)  # safetensors lets nobody but the owner read it
         os.replace(whole, path)
