@@ -52,7 +52,8 @@ _strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 @dataclass(frozen=True, config=_strict)
 class Setting:
-    """One way of running the method. The defaults are what serves `tiny-scenes` best.
+    """One way of running the method. The defaults are what serves `tiny-scenes` best, but for the
+    number of DDIM steps: 25 take half the time of 50 and find a subject in .98 of frames, not 1.0.
 
     Args:
         temporal_attention: Whether the network has it, and tunes it.
@@ -64,8 +65,8 @@ class Setting:
     max_train_steps: NonNegativeInt = 150
     learning_rate: PositiveFloat = 2e-3
     inversion: bool = True
-    guidance_scale: NonNegativeFloat = 3.0
-    num_inference_steps: PositiveInt = 50
+    guidance_scale: NonNegativeFloat = 2.0
+    num_inference_steps: PositiveInt = 25
 
 
 @dataclass(frozen=True, config=_strict)
