@@ -1,5 +1,6 @@
 """The folder of a run: what is where, what it was made with, and how it is written safely."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,15 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def keep_metrics(metrics: Path, steps: int) -> None:
+    """Drops the lines of steps that no checkpoint holds: they will be written again."""
+    if metrics.is_file():
+        lines = metrics.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
+        with written_whole(metrics) as path:
+            path.write_text("".join(kept))
 
 
 def claim_folder(config: TuneConfig) -> RunFolder:

@@ -31,10 +31,10 @@ from tav_jax.runs import (
     RunFolder,
     claim_folder,
     inverted_clip,
+    keep_metrics,
     load_base,
     read_clip,
     record_config,
-    written_whole,
 )
 from tav_jax.sample import (
     Frames,
@@ -109,7 +109,7 @@ def tune(config: TuneConfig) -> None:
 
     count = sum(state.unet.params[name].size for name in trained_names)
     say(f"tuning {count:,} parameters on {len(frames)} frames, steps {start + 1} to {end}")
-    keep_metrics(run, start)
+    keep_metrics(run.metrics, start)
     with run.metrics.open("a", buffering=1) as metrics_file:
         # A log file gets a line now and then, a terminal a moving bar.
         interval = 0.1 if sys.stderr.isatty() else 30.0
@@ -150,15 +150,6 @@ def resume(
         return state
     say(f"going on from {path}")
     return restore_state(path, state, trained_names)
-
-
-def keep_metrics(run: RunFolder, steps: int) -> None:
-    """Drops the lines of steps that no checkpoint holds: they will be written again."""
-    if run.metrics.is_file():
-        lines = run.metrics.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
-        with written_whole(run.metrics) as path:
-            path.write_text("".join(kept))
 
 
 def log(file: TextIO, step: int, metrics: dict, lr: float, began: float) -> None:

@@ -32,6 +32,7 @@ from tav_jax.models.clip import CLIPTextModel
 from tav_jax.models.network import Network, init_network
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import AutoencoderKL, sample_posterior
+from tav_jax.runs import keep_metrics, written_whole
 from tav_jax.scenes.drawing import cover, place, render_batch
 from tav_jax.scenes.recipe import (
     UNET,
@@ -51,8 +52,8 @@ from tav_jax.scenes.world import (
     describe,
     sample_scenes,
 )
-from tav_jax.schedule import add_noise, training_target
 from tav_jax.stable_diffusion import Model, save_model
+from tav_jax.training import Draw, NotLearningError, denoising_loss
 from tav_jax.types import Moments, Params, PixelValues, PRNGKey, Scalar
 from tav_jax.video import contact_sheet, to_frames, to_pixel_values, write_image
 
@@ -157,6 +158,7 @@ def learn(
         learner = restore_item(folder / "checkpoints" / str(newest), "learner", learner)
     start = int(learner.step)
     folder.mkdir(parents=True, exist_ok=True)
+    keep_metrics(folder / "metrics.jsonl", start)
     began = time.perf_counter()
     with (folder / "metrics.jsonl").open("a", buffering=1) as log:
         losses = []
@@ -166,6 +168,8 @@ def learn(
             if step % 50 == 0 or step == steps:
                 line = {"step": step, "loss": float(jnp.stack(losses).mean())}
                 line["seconds"] = round(time.perf_counter() - began, 1)
+                if not np.isfinite(line["loss"]):
+                    raise NotLearningError(f"{folder.name}: step {step} has no finite loss")
                 log.write(json.dumps(line) + "\n")
                 losses = []
             if step % recipe.checkpointing_steps == 0 or step == steps:
@@ -178,7 +182,7 @@ def learn(
 
 
 def train_vae(recipe: Recipe, data: Data, folder: Path) -> Network[AutoencoderKL]:
-    """Returns the autoencoder, its scaling factor measured."""
+    """Returns the autoencoder, its latents standardised."""
     # All pictures of a batch at once; in a run they come by chunks.
     config = replace(VAE, frames_per_chunk=recipe.vae_batch)
     vae = init_network(AutoencoderKL, config, jax.random.key(recipe.seed))
@@ -187,7 +191,6 @@ def train_vae(recipe: Recipe, data: Data, folder: Path) -> Network[AutoencoderKL
     bias = vae.params["quant_conv.bias"].at[config.latent_channels :].set(FIRST_LOGVAR)
     vae = vae.with_params(vae.params | {"quant_conv.bias": bias})
     pictures = data.frames.reshape(-1, *data.frames.shape[2:])
-
     silhouettes = data.silhouettes.reshape(-1, *data.silhouettes.shape[2:])
 
     def loss_fn(
@@ -335,10 +338,9 @@ def train_diffusion(recipe: Recipe, data: Data, vae: Network[AutoencoderKL], fol
             jnp.int32
         )
         context = text_encoder.with_params(params["text_encoder"])(ids)
-        noisy_latents = add_noise(schedule, latents, noise, timesteps)
-        model_pred = unet.with_params(params["unet"])(noisy_latents, timesteps, context)
-        target = training_target(schedule, latents, noise, timesteps)
-        return jnp.mean(jnp.square(model_pred - target))
+        return denoising_loss(
+            unet.with_params(params["unet"]), schedule, Draw(latents, noise, timesteps), context
+        )
 
     def batches(step: int) -> tuple:
         rng = np.random.default_rng((recipe.seed, 4, step))
@@ -404,7 +406,8 @@ def pretrain(recipe: Recipe, output_dir: Path) -> None:
     text = json.dumps(dataclasses.asdict(recipe), indent=2) + "\n"
     if record.is_file() and record.read_text() != text:
         raise ValueError(f"--output-dir: {output_dir} holds a training of another recipe")
-    record.write_text(text)
+    with written_whole(record) as path:
+        path.write_text(text)
     data = make_data(recipe)
     vae = train_vae(recipe, data, output_dir / "autoencoder")
     model = train_diffusion(recipe, data, vae, output_dir / "diffusion")
@@ -427,7 +430,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tav_jax.scenes.pretrain",
         description="Train the small base model from nothing. Run again, the same command goes on.",
-        epilog="example: python -m tav_jax.scenes.pretrain --output-dir outputs/tiny steps=3000",
+        epilog="example: python -m tav_jax.scenes.pretrain --output-dir outputs/pretrain seed=1",
     )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/pretrain"), metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
