@@ -39,7 +39,7 @@ from tav_jax.pipeline import (  # noqa: E402
     sample_latents,
     tune_clip,
 )
-from tav_jax.sampling import ddim_invert, ddim_sample  # noqa: E402
+from tav_jax.sampling import ddim_invert, ddim_sample, dpm_solver_sample  # noqa: E402
 from tav_jax.schedule import (  # noqa: E402
     NoiseSchedule,
     add_noise,
@@ -99,6 +99,7 @@ __all__ = [
     "ddim_timesteps",
     "decode_latents",
     "denoising_loss",
+    "dpm_solver_sample",
     "draw_batch",
     "edit_clip",
     "encode_frames",

@@ -1,4 +1,4 @@
-"""Guided DDIM sampling and DDIM inversion, each one scan over timesteps.
+"""Guided sampling by DDIM and DPM-Solver++, and DDIM inversion, each one scan over timesteps.
 
 Nothing here is jitted; the caller jits once, with the keyword arguments static. The network
 goes in as an argument and not through a closure, where its weights would become constants of
@@ -15,9 +15,12 @@ from jaxtyping import Float, Int, Key
 
 from tav_jax.schedule import (
     NoiseSchedule,
+    clean_prediction,
     ddim_inverse_step,
     ddim_step,
     ddim_timesteps,
+    dpm_solver_coefficients,
+    dpm_solver_timesteps,
     step_size,
 )
 from tav_jax.types import Context, Denoiser, Latents, Scalar
@@ -59,17 +62,7 @@ def ddim_sample(
     timesteps = jnp.asarray(ddim_timesteps(schedule, num_inference_steps))
     stride = step_size(schedule, num_inference_steps)
 
-    def predict(latents: Latents, timestep: Int[Array, ""]) -> Latents:
-        at = jnp.full(len(latents), timestep)
-        if negative_context is None:
-            return denoise(latents, at, context)
-        both = denoise(
-            jnp.concatenate([latents, latents]),
-            jnp.concatenate([at, at]),
-            jnp.concatenate([negative_context, context]),
-        )
-        away, towards = jnp.split(both, 2)
-        return away + guidance_scale * (towards - away)
+    predict = _guided(denoise, context, negative_context, guidance_scale)
 
     def step(latents: Latents, at: tuple[Array, Array]) -> tuple[Latents, Latents | None]:
         index, timestep = at
@@ -119,6 +112,65 @@ def ddim_invert(
 
     last, path = jax.lax.scan(step, latents, (jnp.arange(num_inv_steps), timesteps))
     return last if path is None else jnp.concatenate([latents[None], path])
+
+
+def dpm_solver_sample(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    latents: Latents,
+    context: Context,
+    negative_context: Context | None = None,
+    guidance_scale: float | Scalar = 1.0,
+    *,
+    num_inference_steps: int,
+    trajectory: bool = False,
+    on_step: OnStep | None = None,
+) -> Latents | Float[Array, "steps b f h w c"]:
+    """Returns the clean latents that DPM-Solver++(2M) finds from noise under each prompt.
+
+    Lu et al. 2022 (arXiv:2211.01095), algorithm 2: of second order at one call of the network a
+    step, so that some 20 steps do what takes DDIM 50. Arguments and result are `ddim_sample`'s.
+    """
+    timesteps = dpm_solver_timesteps(schedule, num_inference_steps)
+    coefficients = dpm_solver_coefficients(schedule, timesteps)
+    predict = _guided(denoise, context, negative_context, guidance_scale)
+
+    def step(
+        carry: tuple[Latents, Latents], at: tuple[Array, ...]
+    ) -> tuple[tuple[Latents, Latents], Latents | None]:
+        latents, former = carry
+        index, timestep, a, b, c = at
+        clean = clean_prediction(schedule, predict(latents, timestep), latents, timestep)
+        latents = a * latents + b * clean + c * (clean - former)
+        _report(on_step, index + 1)
+        return (latents, clean), latents if trajectory else None
+
+    at = (jnp.arange(num_inference_steps), jnp.asarray(timesteps), *coefficients)
+    (last, _), path = jax.lax.scan(step, (latents, jnp.zeros_like(latents)), at)
+    return last if path is None else path
+
+
+def _guided(
+    denoise: Denoiser,
+    context: Context,
+    negative_context: Context | None,
+    guidance_scale: float | Scalar,
+) -> Callable[[Latents, Int[Array, ""]], Latents]:
+    """Returns the prediction as a function of latents and timestep, guided if there is whence."""
+
+    def predict(latents: Latents, timestep: Int[Array, ""]) -> Latents:
+        at = jnp.full(len(latents), timestep)
+        if negative_context is None:
+            return denoise(latents, at, context)
+        both = denoise(
+            jnp.concatenate([latents, latents]),
+            jnp.concatenate([at, at]),
+            jnp.concatenate([negative_context, context]),
+        )
+        away, towards = jnp.split(both, 2)
+        return away + guidance_scale * (towards - away)
+
+    return predict
 
 
 def _report(on_step: OnStep | None, done: Int[Array, ""]) -> None:

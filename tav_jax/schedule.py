@@ -161,6 +161,45 @@ def ddim_inverse_step(
     return jnp.sqrt(alpha_to) * clean + jnp.sqrt(1 - alpha_to) * noise_pred
 
 
+def dpm_solver_timesteps(schedule: NoiseSchedule, num_steps: int) -> Int32[np.ndarray, "n"]:
+    """Returns `num_steps` timesteps from the noisiest down, evenly spread over all of them.
+
+    Raises:
+        ValueError: there are more steps than timesteps, or none.
+    """
+    last = len(schedule.alphas_cumprod) - 1
+    if not 1 <= num_steps <= last:
+        raise ValueError(f"number of DPM-Solver steps: expected 1 to {last}, got {num_steps}")
+    return np.linspace(last, 0, num_steps + 1)[:-1].round().astype(np.int32)
+
+
+def dpm_solver_coefficients(
+    schedule: NoiseSchedule, timesteps: Int32[np.ndarray, "n"]
+) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
+    """Returns a, b, c of each step x' = a x + b x0 + c (x0 - former x0), the last to the data.
+
+    DPM-Solver++(2M), Lu et al. 2022 (arXiv:2211.01095), algorithm 2: with lambda the logarithm of
+    signal over noise, h = lambda' - lambda and h' the step before's, a = sigma' / sigma,
+    b = -alpha' (exp(-h) - 1), c = b h / (2 h'). The first step has no former one, and the last,
+    where h is infinite, arrives at x0: both are of first order.
+    """
+    alphas = schedule.alphas_cumprod[timesteps]
+    signal = jnp.append(jnp.sqrt(alphas), 1.0)
+    sigma = jnp.append(jnp.sqrt(1 - alphas), 0.0)
+    h = jnp.diff(jnp.log(signal[:-1] / sigma[:-1]))
+    towards = jnp.append(-signal[1:-1] * jnp.expm1(-h), 1.0)
+    ratios = jnp.append(h[1:] / h[:-1], 0.0)[: len(h)]
+    bend = jnp.append(0.0, towards[1:] * ratios / 2)
+    return sigma[1:] / sigma[:-1], towards, bend
+
+
+def clean_prediction(
+    schedule: NoiseSchedule, model_output: Latents, latents: Latents, timestep: Int[Array, ""]
+) -> Latents:
+    """Returns the clean latents that a prediction at a timestep implies."""
+    return _split_prediction(schedule, model_output, latents, schedule.alphas_cumprod[timestep])[0]
+
+
 def _alpha_or_final(schedule: NoiseSchedule, timestep: Int[Array, ""]) -> Scalar:
     return jnp.where(
         timestep >= 0,

@@ -17,6 +17,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMInverseScheduler,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -27,6 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tav_jax.partition import TRAINABLE_MODULES, label_params, select
 from tav_jax.published_config import read_schedule
+from tav_jax.sampling import dpm_solver_sample
 from tav_jax.schedule import ddim_inverse_step, ddim_step, ddim_timesteps, step_size
 from tav_jax.stable_diffusion import (
     load_model,
@@ -505,3 +507,33 @@ def test_noise_levels_are_those_of_diffusers(beta_schedule):
     # diffusers multiplies a thousand float32 numbers where we multiply in float64.
     np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=1e-5)
     assert float(ours.final_alpha_cumprod) == float(theirs.final_alpha_cumprod)
+
+
+# Of diffusers' own conversions.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 20])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_every_dpm_solver_step_is_that_of_diffusers(prediction_type, num_steps):
+    config = ddim_config(prediction_type, set_alpha_to_one=False)
+    theirs = DPMSolverMultistepScheduler.from_config(config)
+    theirs.set_timesteps(num_steps)
+    mix = np.random.default_rng(0).normal(0, 0.3, (4, 4)).astype(np.float32)
+    noise = np.random.default_rng(1).standard_normal((1, 2, 3, 3, 4), np.float32)
+
+    def denoise(latents, timesteps, context):
+        return jnp.tanh(latents @ mix) + 0.001 * timesteps.reshape(-1, 1, 1, 1, 1)
+
+    path = dpm_solver_sample(
+        denoise,
+        read_schedule(config),
+        jnp.asarray(noise),
+        jnp.zeros((1, 1, 1)),
+        num_inference_steps=num_steps,
+        trajectory=True,
+    )
+    latents = torch.tensor(noise)
+    for timestep, ours in zip(theirs.timesteps, path, strict=True):
+        at = jnp.asarray(timestep.numpy())[None]
+        output = torch.tensor(np.asarray(denoise(jnp.asarray(latents.numpy()), at, None)))
+        latents = theirs.step(output, timestep, latents).prev_sample
+        assert relative_error(ours, latents.numpy()) < 5e-6
