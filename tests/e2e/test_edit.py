@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from tav_jax import pipeline, sampling
+from tav_jax import pipeline
 from tav_jax.models import attention
 from tav_jax.partition import TRAINABLE_MODULES, label_params
 from tav_jax.pipeline import edit_clip, encode_frames, encode_prompts, tune_clip
@@ -67,7 +67,7 @@ def faults(edited: Edited) -> Iterator[str]:
     labels = label_params(edited.names, TRAINABLE_MODULES)
     if edited.moved != {name for name, label in labels.items() if label == "train"}:
         yield "partition: what moved is not what trains"
-    if edited.loss_ratio > 0.9:
+    if edited.loss_ratio > 0.95:
         yield f"tuning: the loss fell to {edited.loss_ratio:.2f} of itself only"
     if edited.colour["colour"] < 0.8 or edited.colour["subject"] < 0.8:
         yield "edit: no circle of the new colour"
@@ -92,15 +92,15 @@ def other_way_round(names, trainable_modules):
     return {name: "freeze" if label == "train" else "train" for name, label in labels.items()}
 
 
-def no_step(schedule, model_output, latents, timestep, stride):
-    return latents
+def any_noise(model, latents, **settings):
+    return jax.random.normal(jax.random.key(0), latents.shape)
 
 
 @pytest.mark.parametrize(
     ("module", "name", "broken", "fault"),
     [
         pytest.param(attention, "attention_weights", weights_over_queries, "edit", id="attention"),
-        pytest.param(sampling, "ddim_inverse_step", no_step, "edit: another way", id="inversion"),
+        pytest.param(pipeline, "invert_latents", any_noise, "edit: another way", id="inversion"),
         pytest.param(pipeline, "label_params", other_way_round, "partition", id="partition"),
     ],
 )

@@ -536,4 +536,4 @@ def test_every_dpm_solver_step_is_that_of_diffusers(prediction_type, num_steps):
         at = jnp.asarray(timestep.numpy())[None]
         output = torch.tensor(np.asarray(denoise(jnp.asarray(latents.numpy()), at, None)))
         latents = theirs.step(output, timestep, latents).prev_sample
-        assert relative_error(ours, latents.numpy()) < 5e-6
+        assert relative_error(ours, latents) < 5e-6
