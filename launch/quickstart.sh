@@ -2,7 +2,7 @@
 # Sets everything up and shows the whole idea once, on any machine with Python 3.11 or newer: tunes
 # the base model that comes with the package on a shipped clip and edits it.
 #   bash launch/quickstart.sh
-# About two minutes on two CPU cores after the installation, and 2 GB of memory.
+# A minute on two CPU cores after the installation, and 2 GB of memory.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -113,8 +113,9 @@ def tune(config: TuneConfig) -> None:
     with run.metrics.open("a", buffering=1) as metrics_file:
         # A log file gets a line now and then, a terminal a moving bar.
         interval = 0.1 if sys.stderr.isatty() else 30.0
+        steps = range(start + 1, end + 1)
         for step in tqdm(
-            range(start + 1, end + 1), "tuning", initial=start, total=end, mininterval=interval
+            steps, "tuning", initial=start, total=end, mininterval=interval, miniters=1
         ):
             began = time.perf_counter()
             state, metrics = step_fn(state, moments, context, model.schedule)
