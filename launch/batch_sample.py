@@ -9,7 +9,7 @@ A plan is YAML, every prompt and seed for every run:
     prompts: ["a panda, cartoon style", "at sunset"]
     seeds: [0, 1]            # optional; the run's own seed by default
     guidance_scale: 12.5     # optional, as are negative_prompt, num_inference_steps,
-    eta: 1.0                 # num_inv_steps, and use_inv_latent: false for random noise
+    eta: 1.0                 # num_inv_steps, sampler, and use_inv_latent: false for random noise
 
 or CSV, a video a line, with the columns run,prompt and any of seed and the settings above.
 One accelerator, or a CPU; each run's model is loaded once.
@@ -30,6 +30,7 @@ from pydantic.dataclasses import dataclass
 
 from tav_jax.cli import command, say
 from tav_jax.sample import Sample, plan_samples, sample_run
+from tav_jax.sampling import Sampler
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -43,6 +44,7 @@ class Item:
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
     num_inference_steps: Annotated[int, Field(gt=0, lt=1000)] | None = None
     num_inv_steps: Annotated[int, Field(gt=0, lt=1000)] | None = None
+    sampler: Sampler | None = None
     eta: Annotated[float, Field(ge=0, le=1)] | None = None
     use_inv_latent: bool = True
 

@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from tav_jax.models.attention import AttentionScope
 from tav_jax.partition import TRAINABLE_MODULES, LRScheduler
+from tav_jax.sampling import Sampler
 
 SIZE_FACTOR = 8  # sides must be multiples of it, as the published pipeline demands
 
@@ -72,6 +73,8 @@ class ValidationData:
         video_length: Frames, as `width` and `height` by default those of the training clip, and
             necessarily so with `use_inv_latent`.
         use_inv_latent: Start from the inverted clip; otherwise from noise drawn from the seed.
+        sampler: "dpm_solver", DPM-Solver++(2M), needs some 20 steps where DDIM needs 50.
+        eta: Noise of each DDIM step.
         fps: Of the written videos, frames a second.
     """
 
@@ -81,6 +84,7 @@ class ValidationData:
     width: Size | None = None
     height: Size | None = None
     num_inference_steps: Annotated[int, Field(gt=0, lt=1000)] = 50
+    sampler: Sampler = "ddim"
     guidance_scale: NonNegativeFloat = 12.5
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     use_inv_latent: bool = True
@@ -148,6 +152,10 @@ class TuneConfig:
             for name, value in clip.items()
             if getattr(validation, name) not in (None, value)
         ]
+        if validation.sampler != "ddim" and validation.eta > 0:
+            raise ValueError(
+                "validation_data: of the samplers only ddim draws noise; eta must be 0"
+            )
         if validation.use_inv_latent and differing:
             raise ValueError(
                 f"validation_data: {', '.join(differing)} of train_data; the inverted clip has its "

@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from tav_jax.partition import TRAINABLE_MODULES, label_params, make_optimizer
-from tav_jax.sampling import ddim_invert, ddim_sample
+from tav_jax.sampling import Sampler, ddim_invert, ddim_sample, dpm_solver_sample
 from tav_jax.schedule import NoiseSchedule
 from tav_jax.stable_diffusion import Model, tokenize
 from tav_jax.training import TrainState, init_state, train_step
@@ -64,10 +64,13 @@ _decode_video = jax.jit(lambda vae, latents: vae.bind().decode(latents))
 _invert = jax.jit(
     partial(ddim_invert, on_step=_progress_bar), static_argnames=("num_inv_steps", "trajectory")
 )
-_sample = jax.jit(
-    partial(ddim_sample, on_step=_progress_bar),
-    static_argnames=("num_inference_steps", "trajectory"),
-)
+_samplers = {
+    name: jax.jit(
+        partial(sample, on_step=_progress_bar),
+        static_argnames=("num_inference_steps", "trajectory"),
+    )
+    for name, sample in {"ddim": ddim_sample, "dpm_solver": dpm_solver_sample}.items()
+}
 
 
 def encode_prompts(model: Model, prompts: Sequence[str]) -> Context:
@@ -131,39 +134,43 @@ def sample_latents(
     negative_prompt: str = "",
     guidance_scale: float = 12.5,
     num_inference_steps: int = 50,
+    sampler: Sampler = "ddim",
     eta: float = 0.0,
     seeds: Sequence[int] | None = None,
     progress: bool = False,
 ) -> Latents:
-    """Returns the clean latents that guided DDIM finds under each prompt, all in one batch.
+    """Returns the clean latents that guided sampling finds under each prompt, all in one batch.
 
     Args:
         latents: Noise, one item per prompt, or one for all.
         guidance_scale: At 1 or below there is no guidance, and half the work.
-        eta: Noise of each step; above 0 it is drawn from `seeds`, one per prompt.
+        sampler: DDIM, or DPM-Solver++(2M), which needs some 20 steps where DDIM needs 50.
+        eta: Noise of each DDIM step; above 0 it is drawn from `seeds`, one per prompt.
     """
     if len(latents) == 1:
         latents = jnp.repeat(latents, len(prompts), axis=0)
     context = encode_prompts(model, prompts)
-    negative_context, keys = None, None
+    negative_context = None
     if guidance_scale > 1:
         negative_context = jnp.broadcast_to(encode_prompts(model, [negative_prompt]), context.shape)
+    drawn = {}
     if eta > 0:
+        if sampler != "ddim":
+            raise ValueError(f"eta {eta}: of the samplers only ddim draws noise at its steps")
         if seeds is None or len(seeds) != len(prompts):
             raise ValueError(f"eta {eta} draws noise: give seeds, one for each prompt")
-        keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+        drawn = {"eta": eta, "keys": jnp.stack([jax.random.key(seed) for seed in seeds])}
     with _progress_bar.show("sampling", num_inference_steps, progress=progress):
         return jax.block_until_ready(
-            _sample(
+            _samplers[sampler](
                 model.unet,
                 model.schedule,
                 latents,
                 context,
                 negative_context,
                 guidance_scale,
-                eta,
-                keys,
                 num_inference_steps=num_inference_steps,
+                **drawn,
             )
         )
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,7 @@ from tav_jax.runs import (
     read_clip,
     written_whole,
 )
+from tav_jax.sampling import Sampler
 from tav_jax.stable_diffusion import Model
 from tav_jax.types import Latents
 from tav_jax.video import (
@@ -63,6 +65,11 @@ class Sample:
     eta: float
     num_inv_steps: int | None
     name_seed: bool = False
+    sampler: Sampler = "ddim"
+
+    def __post_init__(self) -> None:
+        if self.sampler != "ddim" and self.eta > 0:
+            raise ValueError(f"eta {self.eta}: of the samplers only ddim draws noise; set it to 0")
 
     @property
     def stem(self) -> str:
@@ -86,6 +93,7 @@ def default_sample(config: TuneConfig, step: int) -> Sample:
         guidance_scale=validation.guidance_scale,
         num_inference_steps=validation.num_inference_steps,
         eta=validation.eta,
+        sampler=validation.sampler,
         num_inv_steps=validation.num_inv_steps if validation.use_inv_latent else None,
     )
 
@@ -110,6 +118,7 @@ def is_done(sample: Sample, folder: Path, video_format: str) -> bool:
     if not video.exists():
         return False
     made = json.loads(record.read_text()) if record.is_file() else {}
+    made = {"sampler": "ddim"} | made  # records of before there was a choice do not say
     differing = [
         f"{name} {made.get(name)!r} there, {value!r} here"
         for name, value in asdict(sample).items()
@@ -161,6 +170,7 @@ def write_samples(
                 negative_prompt=alike.negative_prompt,
                 guidance_scale=alike.guidance_scale,
                 num_inference_steps=alike.num_inference_steps,
+                sampler=alike.sampler,
                 eta=alike.eta,
                 seeds=[sample.seed for sample in filled],
                 progress=True,
@@ -356,6 +366,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--num-inference-steps", type=int, metavar="N")
     parser.add_argument("--num-inv-steps", type=int, metavar="N")
+    parser.add_argument("--sampler", choices=get_args(Sampler), help="dpm_solver: 20 steps do")
     parser.add_argument("--eta", type=float, help="noise of each DDIM step, 0 to 1")
     parser.add_argument("--random-noise", action="store_true", help="do not start from the clip")
     parser.add_argument("--output-dir", metavar="DIR", help="default: RUN_DIR/samples/sample-STEP")
@@ -401,7 +412,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("\n".join(f"--prompt: not text: {one!r}" for one in garbled))
 
     def make_samples(default: Sample) -> list[Sample]:
-        names = ("negative_prompt", "guidance_scale", "num_inference_steps", "num_inv_steps", "eta")
+        names = (
+            *("negative_prompt", "guidance_scale", "num_inference_steps", "num_inv_steps"),
+            *("sampler", "eta"),
+        )
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         default = replace(default, **given, name_seed=args.seeds is not None)
         if args.random_noise:

@@ -6,7 +6,7 @@ the program.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from tav_jax.schedule import (
     step_size,
 )
 from tav_jax.types import Context, Denoiser, Latents, Scalar
+
+Sampler = Literal["ddim", "dpm_solver"]
 
 OnStep = Callable[[Any], None]  # called with the number of steps done, an integer
 

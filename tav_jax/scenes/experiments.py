@@ -37,6 +37,7 @@ from tav_jax.pipeline import (
     sample_latents,
 )
 from tav_jax.runs import written_whole
+from tav_jax.sampling import Sampler
 from tav_jax.scenes.drawing import render
 from tav_jax.scenes.edits import Edit, edits_of, source_prompt
 from tav_jax.scenes.measure import measure
@@ -67,6 +68,8 @@ class Setting:
     inversion: bool = True
     guidance_scale: NonNegativeFloat = 2.0
     num_inference_steps: PositiveInt = 25
+    num_inv_steps: PositiveInt = 25
+    sampler: Sampler = "ddim"
 
 
 @dataclass(frozen=True, config=_strict)
@@ -223,7 +226,7 @@ def sample_edits(
     """Returns a video for each edit, all from the same noise."""
     if setting.inversion:
         latents = clean_latents(model, encode_frames(model, frames))
-        noise = invert_latents(model, latents, num_inv_steps=setting.num_inference_steps)
+        noise = invert_latents(model, latents, num_inv_steps=setting.num_inv_steps)
     else:
         noise = random_latents(model, [seed], len(frames), SIZE, SIZE)
     latents = sample_latents(
@@ -232,6 +235,7 @@ def sample_edits(
         [edit.prompt for edit in edits],
         guidance_scale=setting.guidance_scale,
         num_inference_steps=setting.num_inference_steps,
+        sampler=setting.sampler,
     )
     return to_frames(np.asarray(decode_latents(model, latents)))
 

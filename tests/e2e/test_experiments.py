@@ -12,7 +12,7 @@ CONFIG = {
     "clips": ["circle-right", "ring-growing"],
     "seeds": [0],
     "frames": 4,
-    "setting": {"num_inference_steps": 2, "max_train_steps": 2},
+    "setting": {"num_inference_steps": 2, "num_inv_steps": 2, "max_train_steps": 2},
     "variants": {
         "full method": {},
         "no inversion": {"inversion": False},

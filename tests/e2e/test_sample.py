@@ -500,3 +500,31 @@ def test_help_shows_an_example(capsys):
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert "python -m tav_jax.sample --run outputs/man-skiing --prompt" in said
+
+
+def test_a_run_is_sampled_with_dpm_solver_too(run_copy, cli, tmp_path):
+    command = ("--run", run_copy, "--prompt", "a cat", "--output-dir", tmp_path / "new")
+    assert cli(sample, *command, "--sampler", "dpm_solver").status == 0
+    assert json.loads((tmp_path / "new/a cat.json").read_text())["sampler"] == "dpm_solver"
+    ours = read_video(tmp_path / "new/a cat.mp4")
+    assert not np.array_equal(ours, read_video(run_copy / "samples/sample-6/a cat.mp4"))
+    # The same by another sampler is another video.
+    refused = cli(sample, *command)
+    assert refused.status == 1
+    assert "sampler 'dpm_solver' there, 'ddim' here" in refused.err
+
+
+def test_a_record_that_names_no_sampler_is_of_ddim(run_copy, cli):
+    record = run_copy / "samples/sample-6/a cat.json"
+    settings = json.loads(record.read_text())
+    assert settings.pop("sampler") == "ddim"
+    record.write_text(json.dumps(settings))
+    outcome = cli(sample, "--run", run_copy, "--prompt", "a cat")
+    assert outcome.out.startswith("1 of 1 videos are there already")
+
+
+def test_noise_at_every_step_is_for_ddim_alone(run_copy, cli):
+    command = ("--run", run_copy, "--prompt", "a cat", "--sampler", "dpm_solver", "--eta", 1)
+    outcome = cli(sample, *command)
+    assert outcome.status == 1
+    assert outcome.err.startswith("error: eta 1.0: of the samplers only ddim")

@@ -450,6 +450,7 @@ def _another(settings, field):
     choices = {
         "lr_scheduler": "cosine",
         "attention_scope": "full",
+        "sampler": "dpm_solver",
         "mixed_precision": "bf16",
         "sampling": "uniform",
         "fit": "crop",
