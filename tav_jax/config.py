@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from tav_jax.models.attention import AttentionScope
 from tav_jax.partition import TRAINABLE_MODULES, LRScheduler
-from tav_jax.sampling import Sampler
+from tav_jax.sampling import Sampler, check_eta
 
 SIZE_FACTOR = 8  # sides must be multiples of it, as the published pipeline demands
 
@@ -152,10 +152,7 @@ class TuneConfig:
             for name, value in clip.items()
             if getattr(validation, name) not in (None, value)
         ]
-        if validation.sampler != "ddim" and validation.eta > 0:
-            raise ValueError(
-                "validation_data: of the samplers only ddim draws noise; eta must be 0"
-            )
+        check_eta(validation.sampler, validation.eta)
         if validation.use_inv_latent and differing:
             raise ValueError(
                 f"validation_data: {', '.join(differing)} of train_data; the inverted clip has its "

@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from tav_jax.partition import TRAINABLE_MODULES, label_params, make_optimizer
-from tav_jax.sampling import Sampler, ddim_invert, ddim_sample, dpm_solver_sample
+from tav_jax.sampling import Sampler, check_eta, ddim_invert, ddim_sample, dpm_solver_sample
 from tav_jax.schedule import NoiseSchedule
 from tav_jax.stable_diffusion import Model, tokenize
 from tav_jax.training import TrainState, init_state, train_step
@@ -153,10 +153,9 @@ def sample_latents(
     negative_context = None
     if guidance_scale > 1:
         negative_context = jnp.broadcast_to(encode_prompts(model, [negative_prompt]), context.shape)
+    check_eta(sampler, eta)
     drawn = {}
     if eta > 0:
-        if sampler != "ddim":
-            raise ValueError(f"eta {eta}: of the samplers only ddim draws noise at its steps")
         if seeds is None or len(seeds) != len(prompts):
             raise ValueError(f"eta {eta} draws noise: give seeds, one for each prompt")
         drawn = {"eta": eta, "keys": jnp.stack([jax.random.key(seed) for seed in seeds])}

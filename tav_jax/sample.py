@@ -23,7 +23,7 @@ from tav_jax.runs import (
     read_clip,
     written_whole,
 )
-from tav_jax.sampling import Sampler
+from tav_jax.sampling import Sampler, check_eta
 from tav_jax.stable_diffusion import Model
 from tav_jax.types import Latents
 from tav_jax.video import (
@@ -68,8 +68,7 @@ class Sample:
     sampler: Sampler = "ddim"
 
     def __post_init__(self) -> None:
-        if self.sampler != "ddim" and self.eta > 0:
-            raise ValueError(f"eta {self.eta}: of the samplers only ddim draws noise; set it to 0")
+        check_eta(self.sampler, self.eta)
 
     @property
     def stem(self) -> str:

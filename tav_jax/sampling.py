@@ -27,6 +27,13 @@ from tav_jax.types import Context, Denoiser, Latents, Scalar
 
 Sampler = Literal["ddim", "dpm_solver"]
 
+
+def check_eta(sampler: Sampler, eta: float) -> None:
+    """Raises ValueError if a sampler is to draw noise at its steps that draws none."""
+    if sampler != "ddim" and eta > 0:
+        raise ValueError(f"eta {eta}: of the samplers only ddim draws noise; set it to 0")
+
+
 OnStep = Callable[[Any], None]  # called with the number of steps done, an integer
 
 

@@ -99,9 +99,7 @@ def ddim_timesteps(schedule: NoiseSchedule, num_steps: int) -> Int32[np.ndarray,
     Raises:
         ValueError: there are more steps than timesteps, or none.
     """
-    last = len(schedule.alphas_cumprod) - 1
-    if not 1 <= num_steps <= last:
-        raise ValueError(f"number of DDIM steps: expected 1 to {last}, got {num_steps}")
+    _last_timestep(schedule, num_steps, "DDIM")
     steps = np.arange(num_steps, dtype=np.int32) * step_size(schedule, num_steps)
     return steps[::-1] + np.int32(STEPS_OFFSET)
 
@@ -167,9 +165,7 @@ def dpm_solver_timesteps(schedule: NoiseSchedule, num_steps: int) -> Int32[np.nd
     Raises:
         ValueError: there are more steps than timesteps, or none.
     """
-    last = len(schedule.alphas_cumprod) - 1
-    if not 1 <= num_steps <= last:
-        raise ValueError(f"number of DPM-Solver steps: expected 1 to {last}, got {num_steps}")
+    last = _last_timestep(schedule, num_steps, "DPM-Solver")
     return np.linspace(last, 0, num_steps + 1)[:-1].round().astype(np.int32)
 
 
@@ -198,6 +194,14 @@ def clean_prediction(
 ) -> Latents:
     """Returns the clean latents that a prediction at a timestep implies."""
     return _split_prediction(schedule, model_output, latents, schedule.alphas_cumprod[timestep])[0]
+
+
+def _last_timestep(schedule: NoiseSchedule, num_steps: int, sampler: str) -> int:
+    """Returns the noisiest timestep; raises if so many steps do not fit."""
+    last = len(schedule.alphas_cumprod) - 1
+    if not 1 <= num_steps <= last:
+        raise ValueError(f"number of {sampler} steps: expected 1 to {last}, got {num_steps}")
+    return last
 
 
 def _alpha_or_final(schedule: NoiseSchedule, timestep: Int[Array, ""]) -> Scalar:

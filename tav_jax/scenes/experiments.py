@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -128,22 +128,19 @@ def experiment(config: Experiment, folder: Path) -> None:
     with (folder / "results.jsonl").open("a", buffering=1) as file:
         for _, names in groupby(sorted(settings, key=tuning), key=tuning):
             tuned = Tuned(config, settings[(alike := list(names))[0]])
-            for clip in config.clips:
-                for seed in config.seeds:
-                    missing = [name for name in alike if (name, clip, seed) not in done]
-                    missing.sort(key=lambda name: settings[name].max_train_steps)
-                    steps = [settings[name].max_train_steps for name in missing]
-                    for name, model in zip(missing, tuned.after(clip, seed, steps), strict=True):
-                        edits = edits_of(CLIPS[clip])
-                        videos = sample_edits(
-                            model, tuned.frames(clip), edits, settings[name], seed
-                        )
-                        record = measure_all(name, clip, seed, edits, videos)
-                        file.write(json.dumps(record) + "\n")
-                        results.append(record)
-                        if seed == config.seeds[0]:
-                            keep_sheet(folder, name, clip, tuned.frames(clip), edits, videos)
-                        bar.update()
+            for clip, seed in product(config.clips, config.seeds):
+                frames, edits = tuned.frames(clip), edits_of(CLIPS[clip])
+                missing = [name for name in alike if (name, clip, seed) not in done]
+                missing.sort(key=lambda name: settings[name].max_train_steps)
+                steps = [settings[name].max_train_steps for name in missing]
+                for name, model in zip(missing, tuned.after(clip, seed, steps), strict=True):
+                    videos = sample_edits(model, frames, edits, settings[name], seed)
+                    record = measure_all(name, clip, seed, edits, videos)
+                    file.write(json.dumps(record) + "\n")
+                    results.append(record)
+                    if seed == config.seeds[0]:
+                        keep_sheet(folder, name, clip, frames, edits, videos)
+                    bar.update()
     bar.close()
     write_report(folder, results, list(settings), config.sweep)
 
