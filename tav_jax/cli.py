@@ -5,8 +5,10 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from tav_jax.training import NotLearningError
@@ -23,6 +25,36 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
+def keep_compiled_programs() -> None:
+    """Makes this process load what earlier ones compiled, from `~/.cache/tav_jax/compiled`.
+
+    Whoever has set up JAX's own compilation cache keeps it as it is: JAX_COMPILATION_CACHE_DIR
+    names another folder or, empty, none; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+    chosen = jax.config.values["jax_compilation_cache_dir"]
+    if chosen == "":
+        # To JAX no name is a name too, and XLA would keep its choices of GPU kernels in the
+        # current folder.
+        jax.config.update("jax_compilation_cache_dir", None)
+    if (
+        chosen is not None
+        or "JAX_COMPILATION_CACHE_DIR" in os.environ
+        or not jax.config.values["jax_enable_compilation_cache"]
+    ):
+        return
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = caches / "tav_jax/compiled"
+        # Programs are run as they lie there: nobody else may write to it.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a home that is read-only, or none
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        # Small programs too: a start has ninety of them, and all take two megabytes.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def command(main: Main) -> Callable[..., int]:
     """Returns a command line's main that gives an exit status.
 
@@ -33,6 +65,7 @@ def command(main: Main) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        keep_compiled_programs()
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = _show_warning

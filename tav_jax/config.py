@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from tav_jax.models.attention import AttentionScope
+from tav_jax.models.attention import AttentionImplementation, AttentionScope
 from tav_jax.partition import TRAINABLE_MODULES, LRScheduler
 from tav_jax.sampling import Sampler, check_eta
 
@@ -29,7 +29,7 @@ SIZE_FACTOR = 8  # sides must be multiples of it, as the published pipeline dema
 # Keys of the original release that have nothing to do here, with the reason.
 MEANINGLESS_KEYS = {
     "use_8bit_adam": "Adam's moments are kept in float32, for the trained leaves alone",
-    "enable_xformers_memory_efficient_attention": "attention is compiled by XLA",
+    "enable_xformers_memory_efficient_attention": "see the key attention, which chooses by itself",
 }
 
 T = TypeVar("T")
@@ -41,6 +41,14 @@ Precision = Annotated[
     Literal["no", "bf16", "fp16"],
     BeforeValidator(lambda value: "no" if value in (False, None) else value),
 ]
+# The original has a switch, and on meant what "blocks" does.
+Checkpointing = Annotated[
+    Literal["auto", "none", "blocks", "full"],
+    BeforeValidator(lambda value: ("none", "blocks")[value] if isinstance(value, bool) else value),
+]
+
+# Keys that change how a run is computed and not what: it may go on with others.
+HOW_KEYS = ("attention", "gradient_checkpointing", "memory_limit_gb")
 
 
 @dataclass(frozen=True, config=_strict)
@@ -107,6 +115,10 @@ class TuneConfig:
         mixed_precision: "bf16" computes, and stores frozen leaves, in bfloat16; "fp16" means the
             same here, since JAX's devices have bfloat16, which needs no loss scaling.
         attention_scope: What a frame's self-attention looks at.
+        attention: How attention is computed: "einsum", "chunked", "fused" or, by layer, "auto".
+        gradient_checkpointing: What is kept for the backward pass: all ("none"), inputs of
+            "blocks", or fewer still ("full"); "auto" takes the first that fits.
+        memory_limit_gb: Of device memory, in 10^9 bytes; by default all that JAX may use.
         revision, variant: Of a model on the Hub, of its weight files.
     """
 
@@ -128,7 +140,9 @@ class TuneConfig:
     adam_epsilon: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
     gradient_accumulation_steps: PositiveInt = 1
-    gradient_checkpointing: bool = True
+    attention: AttentionImplementation = "auto"
+    gradient_checkpointing: Checkpointing = "auto"
+    memory_limit_gb: PositiveFloat | None = None
     checkpointing_steps: PositiveInt = 500
     # The original's "latest" is what happens anyway.
     resume_from_checkpoint: Annotated[
@@ -250,12 +264,12 @@ def dump_config(config: TuneConfig) -> str:
 
 
 def differences(ours: TuneConfig, theirs: TuneConfig) -> list[str]:
-    """Returns the keys in which two runs differ, with both values."""
+    """Returns the keys in which two runs differ, with both values, but for `HOW_KEYS`."""
     mine, other = _flatten(asdict(ours)), _flatten(asdict(theirs))
     return [
         f"{key}: {other[key]!r} there, {value!r} here"
         for key, value in mine.items()
-        if value != other[key]
+        if value != other[key] and key not in HOW_KEYS
     ]
 
 

@@ -3,53 +3,79 @@
 Everything is compiled here once per shape; the rooms below hold plain functions.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import SupportsInt
+from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
+from tav_jax.models.network import Network
 from tav_jax.partition import TRAINABLE_MODULES, label_params, make_optimizer
-from tav_jax.sampling import Sampler, check_eta, ddim_invert, ddim_sample, dpm_solver_sample
+from tav_jax.sampling import (
+    Sampler,
+    State,
+    Step,
+    check_eta,
+    ddim_inverter,
+    ddim_stepper,
+    dpm_solver_start,
+    dpm_solver_stepper,
+)
 from tav_jax.schedule import NoiseSchedule
 from tav_jax.stable_diffusion import Model, tokenize
 from tav_jax.training import TrainState, init_state, train_step
 from tav_jax.types import Context, Latents, Moments, PixelValues, PRNGKey, Scalar
 from tav_jax.video import to_frames, to_pixel_values
 
-Step = Callable[[TrainState, Moments, Context, NoiseSchedule], tuple[TrainState, dict[str, Scalar]]]
+TrainStep = Callable[
+    [TrainState, Moments, Context, NoiseSchedule], tuple[TrainState, dict[str, Scalar]]
+]
+
+# Calls in which a loop with a bar runs: the bar moves after each.
+PARTS = 10
 
 
-class _ProgressBar:
-    """Shows the steps of a compiled loop.
+def _loop(name: str, stepper: Callable[..., Step]) -> Callable:
+    """Returns `stepper`'s steps from `start` to before `stop` as one program, its state donated.
 
-    One object for all loops, since the callback is part of the compiled program: a new one a
-    call would compile anew.
+    The bounds are dynamic, so that all parts of a loop are calls of the same program. Each makes
+    the text's keys and values anew, which is far less work than one step.
     """
 
-    bar: tqdm | None = None
+    def loop(
+        state: Any,
+        start: Int[Array, ""],
+        stop: Int[Array, ""],
+        unet: Network,
+        schedule: NoiseSchedule,
+        contexts: tuple[Context | None, ...],
+        *settings: Any,
+        num_steps: int,
+    ) -> Any:
+        texts = jax.tree.map(unet.bind().text_keys_values, contexts)
+        step = stepper(unet, schedule, *texts, *settings, num_steps=num_steps)
+        return jax.lax.fori_loop(start, stop, step, state)
 
-    def __call__(self, done: SupportsInt) -> None:
-        if self.bar is not None:
-            self.bar.update(int(done) - self.bar.n)
+    loop.__name__ = name  # what logs, profiles and the cache on disk call the program
+    return jax.jit(loop, static_argnames="num_steps", donate_argnames="state")
 
-    @contextmanager
-    def show(self, description: str, total: int, *, progress: bool) -> Iterator[None]:
-        with tqdm(
-            total=total, desc=description, disable=_hidden(progress), leave=False
-        ) as self.bar:
-            try:
-                yield
-                jax.effects_barrier()
-            finally:
-                self.bar = None
+
+_encode_text = jax.jit(lambda text_encoder, ids: text_encoder(ids))
+encode_video = jax.jit(lambda vae, pixel_values: vae.bind().encode(pixel_values))
+decode_video = jax.jit(lambda vae, latents: vae.bind().decode(latents))
+# The state's first copy is made where the network is, as all later ones are: arrays that have been
+# put on a device and arrays that have not would each compile a program. Hence `keep_unused`.
+_copy = jax.jit(lambda state, unet: jax.tree.map(jnp.copy, state), keep_unused=True)
+ddim_invert_loop = _loop("ddim_invert", ddim_inverter)
+ddim_sample_loop = _loop("ddim_sample", ddim_stepper)
+dpm_solver_sample_loop = _loop("dpm_solver_sample", dpm_solver_stepper)
 
 
 def _hidden(progress: bool) -> bool | None:
@@ -57,20 +83,29 @@ def _hidden(progress: bool) -> bool | None:
     return None if progress else True
 
 
-_progress_bar = _ProgressBar()
-_encode_text = jax.jit(lambda text_encoder, ids: text_encoder(ids))
-_encode_video = jax.jit(lambda vae, pixel_values: vae.bind().encode(pixel_values))
-_decode_video = jax.jit(lambda vae, latents: vae.bind().decode(latents))
-_invert = jax.jit(
-    partial(ddim_invert, on_step=_progress_bar), static_argnames=("num_inv_steps", "trajectory")
-)
-_samplers = {
-    name: jax.jit(
-        partial(sample, on_step=_progress_bar),
-        static_argnames=("num_inference_steps", "trajectory"),
-    )
-    for name, sample in {"ddim": ddim_sample, "dpm_solver": dpm_solver_sample}.items()
-}
+def _run(
+    description: str,
+    loop: Callable,
+    state: State,
+    unet: Network,
+    *inputs: Any,
+    num_steps: int,
+    progress: bool,
+) -> State:
+    """Returns the state after all steps: in one call, or in `PARTS` where a bar is shown."""
+    # The loop donates its state, and the caller's latents are not ours to give away.
+    state = _copy(state, unet)
+    with tqdm(
+        total=num_steps, desc=description, disable=_hidden(progress), leave=False, miniters=1
+    ) as bar:
+        # At least one part, in which a number of steps that does not fit is refused.
+        parts = 1 if bar.disable else max(1, min(PARTS, num_steps))
+        bounds = [num_steps * part // parts for part in range(parts + 1)]
+        for start, stop in pairwise(bounds):
+            state = loop(state, start, stop, unet, *inputs, num_steps=num_steps)
+            jax.block_until_ready(state)
+            bar.update(stop - start)
+    return state
 
 
 def encode_prompts(model: Model, prompts: Sequence[str]) -> Context:
@@ -90,12 +125,12 @@ def encode_frames(model: Model, frames: UInt8[np.ndarray, "f H W 3"]) -> Moments
             f"frames are {frames.shape[2]}x{frames.shape[1]}; this model takes sides that are "
             f"multiples of {factor}"
         )
-    return _encode_video(model.vae, to_pixel_values(frames)[None])
+    return encode_video(model.vae, to_pixel_values(frames)[None])
 
 
 def decode_latents(model: Model, latents: Latents) -> PixelValues:
     """Returns pixel values of scaled latents, nominally in [-1, 1]."""
-    return _decode_video(model.vae, latents)
+    return decode_video(model.vae, latents)
 
 
 def clean_latents(model: Model, moments: Moments) -> Latents:
@@ -120,10 +155,16 @@ def invert_latents(
 ) -> Latents:
     """Returns the noise that DDIM would turn into the given clean latents, under no prompt."""
     context = jnp.repeat(encode_prompts(model, [""]), len(latents), axis=0)
-    with _progress_bar.show("inverting", num_inv_steps, progress=progress):
-        return jax.block_until_ready(
-            _invert(model.unet, model.schedule, latents, context, num_inv_steps=num_inv_steps)
-        )
+    return _run(
+        "inverting",
+        ddim_invert_loop,
+        latents,
+        model.unet,
+        model.schedule,
+        (context,),
+        num_steps=num_inv_steps,
+        progress=progress,
+    )
 
 
 def sample_latents(
@@ -147,47 +188,44 @@ def sample_latents(
         sampler: DDIM, or DPM-Solver++(2M), which needs some 20 steps where DDIM needs 50.
         eta: Noise of each DDIM step; above 0 it is drawn from `seeds`, one per prompt.
     """
+    check_eta(sampler, eta)
     if len(latents) == 1:
         latents = jnp.repeat(latents, len(prompts), axis=0)
     context = encode_prompts(model, prompts)
     negative_context = None
     if guidance_scale > 1:
         negative_context = jnp.broadcast_to(encode_prompts(model, [negative_prompt]), context.shape)
-    check_eta(sampler, eta)
-    drawn = {}
+    drawn: tuple = ()
     if eta > 0:
         if seeds is None or len(seeds) != len(prompts):
             raise ValueError(f"eta {eta} draws noise: give seeds, one for each prompt")
-        drawn = {"eta": eta, "keys": jnp.stack([jax.random.key(seed) for seed in seeds])}
-    with _progress_bar.show("sampling", num_inference_steps, progress=progress):
-        return jax.block_until_ready(
-            _samplers[sampler](
-                model.unet,
-                model.schedule,
-                latents,
-                context,
-                negative_context,
-                guidance_scale,
-                num_inference_steps=num_inference_steps,
-                **drawn,
-            )
-        )
+        drawn = eta, jnp.stack([jax.random.key(seed) for seed in seeds])
+
+    inputs = model.unet, model.schedule, (context, negative_context), guidance_scale, *drawn
+    run = partial(_run, "sampling", num_steps=num_inference_steps, progress=progress)
+    if sampler == "dpm_solver":
+        return run(dpm_solver_sample_loop, dpm_solver_start(latents), *inputs).latents
+    return run(ddim_sample_loop, latents, *inputs)
 
 
 def compile_train_step(
-    model: Model,
+    scaling_factor: float,
     *,
     optimizer: optax.GradientTransformation,
     labels: dict,
     gradient_accumulation_steps: int = 1,
-) -> Step:
-    """Returns `train_step` for this model, jitted, its state donated."""
+) -> TrainStep:
+    """Returns `train_step`, jitted, its state donated.
+
+    Args:
+        scaling_factor: The autoencoder's, as its config has it.
+    """
     return jax.jit(
         partial(
             train_step,
             optimizer=optimizer,
             labels=labels,
-            scaling_factor=model.vae.config.scaling_factor,
+            scaling_factor=scaling_factor,
             gradient_accumulation_steps=gradient_accumulation_steps,
         ),
         donate_argnums=0,
@@ -215,7 +253,7 @@ def tune_clip(
     """
     labels = label_params(model.unet.params, trainable_modules)
     optimizer = make_optimizer(labels, learning_rate)
-    step = compile_train_step(model, optimizer=optimizer, labels=labels)
+    step = compile_train_step(model.vae.config.scaling_factor, optimizer=optimizer, labels=labels)
     # The step donates its state, and the caller's parameters are not ours to give away.
     unet = jax.tree.map(jnp.copy, model.unet)
     state = init_state(unet, optimizer, jax.random.key(0) if key is None else key)

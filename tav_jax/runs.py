@@ -121,7 +121,7 @@ def load_base(config: TuneConfig) -> Model:
         dtype="float32" if config.mixed_precision == "no" else "bfloat16",
         float32_modules=config.trainable_modules,
         attention_scope=config.attention_scope,
-        gradient_checkpointing=config.gradient_checkpointing,
+        attention=config.attention,
         key=jax.random.key(config.seed),
         revision=config.revision,
         variant=config.variant,

@@ -25,6 +25,7 @@ from tav_jax.runs import (
 )
 from tav_jax.sampling import Sampler, check_eta
 from tav_jax.stable_diffusion import Model
+from tav_jax.timing import Stages
 from tav_jax.types import Latents
 from tav_jax.video import (
     contact_sheet,
@@ -137,6 +138,7 @@ def write_samples(
     samples: Sequence[Sample],
     inverted: Callable[[int], Latents],
     folder: Path,
+    stages: Stages,
     *,
     batch_size: int = 1,
 ) -> Iterator[Path]:
@@ -145,6 +147,7 @@ def write_samples(
     Args:
         samples: May differ in anything; those alike but for prompt and seed share batches.
         inverted: Gives the clip's noise by its number of inversion steps.
+        stages: Is told the time of inversion, sampling, decoding and writing.
         batch_size: How many are sampled at once. A last batch is filled up with repetitions,
             since another size would be compiled anew.
     """
@@ -161,22 +164,27 @@ def write_samples(
                 seeds = [sample.seed for sample in filled]
                 noise = random_latents(model, seeds, frames, height, width)
             else:
-                noise = jnp.repeat(inverted(alike.num_inv_steps), size, axis=0)
-            clean = sample_latents(
-                model,
-                noise,
-                [sample.prompt for sample in filled],
-                negative_prompt=alike.negative_prompt,
-                guidance_scale=alike.guidance_scale,
-                num_inference_steps=alike.num_inference_steps,
-                sampler=alike.sampler,
-                eta=alike.eta,
-                seeds=[sample.seed for sample in filled],
-                progress=True,
-            )
+                with stages("invert"):
+                    noise = jnp.repeat(inverted(alike.num_inv_steps), size, axis=0)
+            with stages("sample"):
+                clean = sample_latents(
+                    model,
+                    noise,
+                    [sample.prompt for sample in filled],
+                    negative_prompt=alike.negative_prompt,
+                    guidance_scale=alike.guidance_scale,
+                    num_inference_steps=alike.num_inference_steps,
+                    sampler=alike.sampler,
+                    eta=alike.eta,
+                    seeds=[sample.seed for sample in filled],
+                    progress=True,
+                )
             for index, sample in enumerate(batch):
-                video = to_frames(np.asarray(decode_latents(model, clean[index : index + 1])))[0]
-                yield _write_sample(sample, video, folder, config)
+                with stages("decode"):
+                    pixel_values = np.asarray(decode_latents(model, clean[index : index + 1]))
+                with stages("write"):
+                    path = _write_sample(sample, to_frames(pixel_values)[0], folder, config)
+                yield path
 
 
 def _write_sample(sample: Sample, video: Frames, folder: Path, config: TuneConfig) -> Path:
@@ -289,17 +297,22 @@ def sample_run(job: Job, *, batch_size: int = 1) -> list[Path]:
     written = []
     if job.wanted:
         _say_if_seeds_do_nothing(job.wanted)
-        model = load_tuned(run, config, step)
+        stages = Stages()
+        with stages("load"):
+            model = load_tuned(run, config, step)
         for path in write_samples(
             model,
             config,
             job.wanted,
             lambda num_inv_steps: inverted_clip(run, config, model, step, num_inv_steps),
             folder,
+            stages,
             batch_size=batch_size,
         ):
             say(f"wrote {path}")
             written.append(path)
+        taken = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.taken().items())
+        say(f"seconds: {taken}")
     if written or not has_overview(folder):
         try:
             source = read_clip(config)

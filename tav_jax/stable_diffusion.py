@@ -13,10 +13,10 @@ from jaxtyping import Int32
 from transformers import CLIPTokenizer
 
 from tav_jax import published_config, weights
-from tav_jax.models.attention import AttentionScope
+from tav_jax.models.attention import AttentionImplementation, AttentionScope
 from tav_jax.models.clip import CLIPTextModel
 from tav_jax.models.network import Network, parameter_shapes
-from tav_jax.models.unet import UNet3DConditionModel
+from tav_jax.models.unet import GradientCheckpointing, UNet3DConditionModel
 from tav_jax.models.vae import AutoencoderKL
 from tav_jax.schedule import NoiseSchedule
 from tav_jax.types import PRNGKey
@@ -52,7 +52,8 @@ def load_model(
     dtype: str = "float32",
     float32_modules: Sequence[str] = (),
     attention_scope: AttentionScope = "sparse_causal",
-    gradient_checkpointing: bool = False,
+    attention: AttentionImplementation = "auto",
+    gradient_checkpointing: GradientCheckpointing = "none",
     key: PRNGKey | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -95,7 +96,9 @@ def load_model(
         load_schedule(folder / "scheduler"),
     )
     unet = model.unet.with_config(
-        attention_scope=attention_scope, gradient_checkpointing=gradient_checkpointing
+        attention_scope=attention_scope,
+        attention=attention,
+        gradient_checkpointing=gradient_checkpointing,
     )
     widths = model.text_encoder.config.hidden_size, unet.config.cross_attention_dim
     if widths[0] != widths[1]:

@@ -8,10 +8,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from tqdm import tqdm
 from tav_jax.checkpointing import latest_step, restore_state, save_checkpoint
 from tav_jax.cli import command, say
 from tav_jax.config import TuneConfig, load_config, with_absolute_paths
+from tav_jax.memory import Plan, Size, compile_plan, device_bytes, fitting_preset
+from tav_jax.models.unet import GradientCheckpointing
 from tav_jax.partition import label_params, make_lr_schedule, make_optimizer
 from tav_jax.pipeline import (
     compile_train_step,
@@ -45,18 +47,28 @@ from tav_jax.sample import (
     write_samples,
 )
 from tav_jax.stable_diffusion import Model, tokenize
+from tav_jax.timing import Stages
 from tav_jax.training import NotLearningError, TrainState, check_movement, fingerprints, init_state
+from tav_jax.types import Context, Moments
 
 # Updates after which every trained group must have moved: a warm-up's first update has rate 0,
 # and the temporal attention's inner projections get no gradient before its output has moved.
 STEPS_BEFORE_CHECK = 3
 
 
+# Steps between two looks at the metrics, which wait for the device, are at most these and else as
+# many as are done in a second.
+MOST_STEPS_UNSEEN = 100
+
+
 def tune(config: TuneConfig) -> None:
+    stages = Stages()
     config = with_absolute_paths(config)
     run = claim_folder(config)
-    frames = read_clip(config)
-    model = load_base(config)
+    with stages("read"):
+        frames = read_clip(config)
+    with stages("load"):
+        model = load_base(config)
     labels = label_params(model.unet.params, config.trainable_modules)
     trained_names = [name for name, label in labels.items() if label == "train"]
     tokenize(model, [config.train_data.prompt, *config.validation_data.prompts])  # warns early
@@ -87,47 +99,108 @@ def tune(config: TuneConfig) -> None:
     record_config(run, config)
     if start and is_validated(config, start):
         # A run that was stopped between a checkpoint and its samples still owes them.
-        validate(run, config, model.with_unet(state.unet), start, frames)
+        validate(run, config, model.with_unet(state.unet), start, frames, stages)
     if start >= end:
         say(f"{run.folder}: done, {start} of {end} steps")
         return
 
-    moments = encode_frames(model, frames)
-    context = encode_prompts(model, [config.train_data.prompt])
-    moments, context = (
-        jnp.repeat(one, config.train_batch_size, axis=0) for one in (moments, context)
-    )
-    step_fn = compile_train_step(
-        model,
-        optimizer=optimizer,
-        labels=labels,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-    )
-    fingerprint = jax.jit(fingerprints)
-    before = fingerprint(state.unet.params)
-    check_at = min(start + STEPS_BEFORE_CHECK, end)
-
-    count = sum(state.unet.params[name].size for name in trained_names)
-    say(f"tuning {count:,} parameters on {len(frames)} frames, steps {start + 1} to {end}")
     keep_metrics(run.metrics, start)
     with run.metrics.open("a", buffering=1) as metrics_file:
+        with stages("encode"):
+            moments = encode_frames(model, frames)
+            context = encode_prompts(model, [config.train_data.prompt])
+            moments, context = jax.block_until_ready(
+                tuple(
+                    jnp.repeat(one, config.train_batch_size, axis=0) for one in (moments, context)
+                )
+            )
+        # Nothing of these is needed in the steps: they wait in the host's memory.
+        model = replace(
+            model, vae=jax.device_get(model.vae), text_encoder=jax.device_get(model.text_encoder)
+        )
+        with stages("compile"):
+            step_fn, state = compile_step(
+                config,
+                compile_train_step(
+                    model.vae.config.scaling_factor,
+                    optimizer=optimizer,
+                    labels=labels,
+                    gradient_accumulation_steps=config.gradient_accumulation_steps,
+                ),
+                state,
+                (moments, context, model.schedule),
+            )
+        fingerprint = jax.jit(fingerprints)
+        before = fingerprint(state.unet.params)
+        check_at = min(start + STEPS_BEFORE_CHECK, end)
+
+        count = sum(state.unet.params[name].size for name in trained_names)
+        say(f"tuning {count:,} parameters on {len(frames)} frames, steps {start + 1} to {end}")
         # A log file gets a line now and then, a terminal a moving bar.
         interval = 0.1 if sys.stderr.isatty() else 30.0
-        steps = range(start + 1, end + 1)
-        for step in tqdm(
-            steps, "tuning", initial=start, total=end, mininterval=interval, miniters=1
-        ):
-            began = time.perf_counter()
-            state, metrics = step_fn(state, moments, context, model.schedule)
-            log(metrics_file, step, metrics, float(learning_rate(step - 1)), began)
-            if step == check_at:
-                after = fingerprint(state.unet.params)
-                check_movement(before, after, labels, config.trainable_modules)
-            if step == end or step % config.checkpointing_steps == 0:
-                save_checkpoint(run.checkpoints, state, trained_names)
-                say(f"wrote {run.checkpoint(step)}")
-            if is_validated(config, step):
-                validate(run, config, model.with_unet(state.unet), step, frames)
+        unseen: list[dict] = []
+        unseen_at_most, began = 1, time.perf_counter()
+        with tqdm(
+            desc="tuning", initial=start, total=end, mininterval=interval, miniters=1
+        ) as progress:
+            for step in range(start + 1, end + 1):
+                state, metrics = step_fn(state, moments, context, model.schedule)
+                unseen.append(metrics | {"step": step, "lr": float(learning_rate(step - 1))})
+                checkpointed = step == end or step % config.checkpointing_steps == 0
+                pause = step == check_at or checkpointed or is_validated(config, step)
+                if not pause and len(unseen) < unseen_at_most:
+                    continue
+                jax.block_until_ready(metrics)
+                stages.add("tune", time.perf_counter() - began)
+                seconds = (time.perf_counter() - began) / len(unseen)
+                log(metrics_file, unseen, seconds)
+                progress.update(len(unseen))
+                unseen, unseen_at_most = [], max(1, min(MOST_STEPS_UNSEEN, int(1 / seconds)))
+                if step == check_at:
+                    after = fingerprint(state.unet.params)
+                    check_movement(before, after, labels, config.trainable_modules)
+                if checkpointed:
+                    with stages("checkpoint"):
+                        save_checkpoint(run.checkpoints, state, trained_names)
+                    say(f"wrote {run.checkpoint(step)}")
+                if is_validated(config, step):
+                    validate(run, config, model.with_unet(state.unet), step, frames, stages)
+                if pause:
+                    log_stages(metrics_file, step, stages)
+                began = time.perf_counter()
+
+
+def compile_step(
+    config: TuneConfig, step: Any, state: TrainState, inputs: tuple[Moments, Context, Any]
+) -> tuple[Callable, TrainState]:
+    """Returns the compiled step, and the state as it takes it, under a preset that fits.
+
+    Raises:
+        ValueError: nothing that is allowed fits into memory; says what would.
+    """
+    moments, context, schedule = inputs
+    data = config.train_data
+    pixels = data.height // moments.shape[2]
+
+    def under(preset: GradientCheckpointing) -> TrainState:
+        return state._replace(unet=state.unet.with_config(gradient_checkpointing=preset))
+
+    def plan(preset: GradientCheckpointing, size: Size) -> Plan:
+        grid = size.height // pixels, size.width // pixels
+        shape = (len(moments), size.frames, *grid, moments.shape[-1])
+        clip = jax.ShapeDtypeStruct(shape, moments.dtype)
+        say(f"compiling the step for {size}, gradient_checkpointing={preset}")
+        return compile_plan(lambda: step.lower(under(preset), clip, context, schedule).compile())
+
+    wanted = config.gradient_checkpointing
+    limit = config.memory_limit_gb
+    preset, program = fitting_preset(
+        plan,
+        None if wanted == "auto" else wanted,
+        Size(data.n_sample_frames, data.height, data.width),
+        limit * 1e9 if limit else float(device_bytes()),
+    )
+    return program, under(preset)
 
 
 def is_validated(config: TuneConfig, step: int) -> bool:
@@ -153,21 +226,30 @@ def resume(
     return restore_state(path, state, trained_names)
 
 
-def log(file: TextIO, step: int, metrics: dict, lr: float, began: float) -> None:
-    """Writes one step's line; raises NotLearningError if the loss is no number."""
-    loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-    seconds = round(time.perf_counter() - began, 4)
-    line = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "seconds": seconds}
-    broken = [name for name, value in line.items() if not np.isfinite(value)]
-    file.write(json.dumps(line | dict.fromkeys(broken)) + "\n")  # JSON has no NaN
-    if broken:
-        raise NotLearningError(
-            f"step {step}: loss {loss}, grad_norm {grad_norm}; lower learning_rate, or "
-            "mixed_precision: no, and start from the last checkpoint"
-        )
+def log(file: TextIO, steps: Sequence[dict], seconds: float) -> None:
+    """Writes a line a step, their mean time with each; raises NotLearningError at no number."""
+    for metrics in steps:
+        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        line = {"step": metrics["step"], "loss": loss, "grad_norm": grad_norm}
+        line |= {"lr": metrics["lr"], "seconds": round(seconds, 4)}
+        broken = [name for name, value in line.items() if not np.isfinite(value)]
+        file.write(json.dumps(line | dict.fromkeys(broken)) + "\n")  # JSON has no NaN
+        if broken:
+            raise NotLearningError(
+                f"step {line['step']}: loss {loss}, grad_norm {grad_norm}; lower learning_rate, or "
+                "mixed_precision: no, and start from the last checkpoint"
+            )
 
 
-def validate(run: RunFolder, config: TuneConfig, model: Model, step: int, source: Frames) -> None:
+def log_stages(file: TextIO, step: int, stages: Stages) -> None:
+    """Writes where the time went since this was last written, a line a stage."""
+    for stage, seconds in stages.taken().items():
+        file.write(json.dumps({"step": step, "stage": stage, "seconds": seconds}) + "\n")
+
+
+def validate(
+    run: RunFolder, config: TuneConfig, model: Model, step: int, source: Frames, stages: Stages
+) -> None:
     """Samples the validation prompts with the model as it is now."""
     default = default_sample(config, step)
     folder, suffix = run.samples(step), config.validation_data.video_format
@@ -181,10 +263,13 @@ def validate(run: RunFolder, config: TuneConfig, model: Model, step: int, source
         samples,
         lambda num_inv_steps: inverted_clip(run, config, model, step, num_inv_steps),
         folder,
+        stages,
     )
     for path in paths:
         say(f"wrote {path}")
-    for path in write_overview(folder, config, source):
+    with stages("write"):
+        overview = write_overview(folder, config, source)
+    for path in overview:
         say(f"wrote {path}")
 
 

@@ -19,6 +19,10 @@ Latents: TypeAlias = Float[Array, "b f h w c"]
 Moments: TypeAlias = Float[Array, "b f h w c2"]
 PixelValues: TypeAlias = Float[Array, "b f H W 3"]
 Context: TypeAlias = Float[Array, "b s d"]
+KeysValues: TypeAlias = tuple[Float[Array, "_ _ _ _ _"], Float[Array, "_ _ _ _ _"]]
+"""Keys and values, each `b g m heads k`: of g = f frames, or of g = 1 for all."""
+TextKeysValues: TypeAlias = tuple[tuple[tuple[KeysValues, ...], ...], ...]
+"""The text's keys and values in each transformer block, by transformer, by block of the U-Net."""
 TokenIds: TypeAlias = Int[Array, "b s"]
 Timesteps: TypeAlias = Int[Array, "b"]
 Scalar: TypeAlias = Float[Array, ""]
@@ -27,5 +31,5 @@ PRNGKey: TypeAlias = Key[Array, ""]
 Params: TypeAlias = dict[str, Array]
 """Parameters of one network, by name: `down_blocks.0.attentions.1.proj_in.kernel`."""
 
-Denoiser: TypeAlias = Callable[[Latents, Timesteps, Context], Latents]
-"""Predicts the noise, or the velocity, in latents at their timesteps, given text states."""
+Denoiser: TypeAlias = Callable[[Latents, Timesteps, Context | TextKeysValues], Latents]
+"""Predicts the noise, or the velocity, in latents at their timesteps, given a text."""

@@ -1,6 +1,7 @@
 """Fixtures for all tests: keys, and small networks in which nothing is zero by accident."""
 
 import math
+import os
 import zlib
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,11 @@ from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
 from tav_jax.models.vae import AutoencoderKL, VAEConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compiled programs are kept on disk only where a test says so, and never in the user's own folder:
+# in this process, and in those that tests start.
+jax.config.update("jax_compilation_cache_dir", None)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 
 
 @pytest.fixture(scope="session")

@@ -29,77 +29,11 @@ from safetensors.numpy import save_file
 
 import tav_jax as tav
 from tav_jax.stable_diffusion import CONFIG_NAMES, WEIGHT_STEMS
+from tav_jax.v1_4 import CONFIGS
 
 HERE = Path(__file__).parent
 FRAMES, SIDE = 2, 256
 GUIDANCE_SCALE = 12.5
-
-# The published files of CompVis/stable-diffusion-v1-4, without what only says who wrote them.
-CONFIGS: dict[str, dict[str, Any]] = {
-    "unet": {
-        "_class_name": "UNet2DConditionModel",
-        "act_fn": "silu",
-        "attention_head_dim": 8,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "center_input_sample": False,
-        "cross_attention_dim": 768,
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "in_channels": 4,
-        "layers_per_block": 2,
-        "mid_block_scale_factor": 1,
-        "norm_eps": 1e-5,
-        "norm_num_groups": 32,
-        "out_channels": 4,
-        "sample_size": 64,
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    },
-    "vae": {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "in_channels": 3,
-        "latent_channels": 4,
-        "layers_per_block": 2,
-        "norm_num_groups": 32,
-        "out_channels": 3,
-        "sample_size": 512,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    },
-    "text_encoder": {
-        "architectures": ["CLIPTextModel"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 0,
-        "dropout": 0.0,
-        "eos_token_id": 2,
-        "hidden_act": "quick_gelu",
-        "hidden_size": 768,
-        "initializer_factor": 1.0,
-        "initializer_range": 0.02,
-        "intermediate_size": 3072,
-        "layer_norm_eps": 1e-5,
-        "max_position_embeddings": 77,
-        "model_type": "clip_text_model",
-        "num_attention_heads": 12,
-        "num_hidden_layers": 12,
-        "pad_token_id": 1,
-        "vocab_size": 49408,
-    },
-    "scheduler": {
-        "_class_name": "PNDMScheduler",
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "num_train_timesteps": 1000,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-        "trained_betas": None,
-    },
-}
 
 
 def random_tensor(rng: np.random.Generator, name: str, shape: list[int], dtype: str) -> np.ndarray:
@@ -157,7 +91,7 @@ def take_steps(folder: Path, dtype: str) -> None:
         folder,
         dtype=dtype,
         float32_modules=tav.TRAINABLE_MODULES,
-        gradient_checkpointing=True,
+        gradient_checkpointing="blocks",
     )
     jax.block_until_ready(model.unet.params)
     report("load", None, time.perf_counter() - start)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,9 @@ from safetensors.numpy import load_file
 
 import tav_jax as tav
 from tav_jax import stable_diffusion, weights
+from tav_jax.models.attention import AttentionImplementation
 from tav_jax.models.network import Network
-from tav_jax.models.unet import UNet3DConditionModel
+from tav_jax.models.unet import GradientCheckpointing, UNet3DConditionModel
 from tav_jax.partition import label_params, make_optimizer
 from tav_jax.schedule import add_noise, ddim_timesteps, velocity
 from tav_jax.training import Draw, apply_gradients, init_state, loss_and_gradients
@@ -82,14 +83,18 @@ def pictures_first(x) -> np.ndarray:
 
 
 class GoldenSet:
-    """One folder of reference cases, its models loaded when first asked for."""
+    """One folder of reference cases.
 
-    def __init__(self, folder: Path, attention_scope: str = "sparse_causal"):
-        self.folder = folder
+    Args:
+        changes: Fields of the U-Net's config: ways of computing that must not change a result.
+    """
+
+    def __init__(self, folder: Path, **changes: Any):
         self.tensors = load_file(folder / "cases.safetensors")
         self.settings = json.loads((folder / "cases.json").read_text())
-        self.base = stable_diffusion.load_model(folder / "base")
-        self.tuned = self.base.with_unet(stable_diffusion.load_unet(folder / "tuned" / "unet"))
+        self.base = stable_diffusion.load_model(folder / "base", **changes)
+        tuned = stable_diffusion.load_unet(folder / "tuned" / "unet").with_config(**changes)
+        self.tuned = self.base.with_unet(tuned)
 
     def case(self, name: str) -> dict[str, Any]:
         start = f"{name}."
@@ -214,7 +219,7 @@ def tune(golden: GoldenSet) -> Iterator[Row]:
     @jax.jit
     def step(state, draw):
         loss, gradients = loss_and_gradients(
-            state.unet, labels, golden.base.schedule, draw, case["context"]
+            state.unet, labels, golden.base.schedule, draw, jnp.asarray(case["context"])
         )
         return apply_gradients(state, gradients, optimizer), loss, gradients
 
@@ -222,7 +227,8 @@ def tune(golden: GoldenSet) -> Iterator[Row]:
     latents = channels_last(case["x0"])
     losses, norms = [], []
     for index in range(settings["steps"]):
-        draw = Draw(latents, channels_last(case["noise"][index]), case["timesteps"][index])
+        noise, timesteps = channels_last(case["noise"][index]), case["timesteps"][index]
+        draw = Draw(*(jnp.asarray(x) for x in (latents, noise, timesteps)))
         state, loss, gradients = step(state, draw)
         losses.append(loss)
         norms.append(optax.tree.norm(gradients))
@@ -234,7 +240,7 @@ def tune(golden: GoldenSet) -> Iterator[Row]:
     def flat(tensors: dict[str, np.ndarray]) -> np.ndarray:
         return np.concatenate([np.ravel(tensors[name]) for name in names])
 
-    ours = dict(weights.to_tensor(*item) for item in first.items())
+    ours = dict(weights.to_tensor(name, np.asarray(value)) for name, value in first.items())
     yield compare("tune.grad0", flat(ours), flat(golden.case("tune.grad0")), TRAJECTORY)
     final = flat(
         dict(weights.to_tensor(name, np.asarray(state.unet.params[name])) for name in trained)
@@ -275,7 +281,16 @@ def main() -> int:
         epilog="example: python tests/golden.py tests/golden",
     )
     parser.add_argument("folder", type=Path, help="a set of the form of tests/golden/README.md")
-    golden = GoldenSet(parser.parse_args().folder)
+    parser.add_argument("--attention", choices=get_args(AttentionImplementation), default="auto")
+    parser.add_argument(
+        "--gradient-checkpointing", choices=get_args(GradientCheckpointing), default="none"
+    )
+    args = parser.parse_args()
+    golden = GoldenSet(
+        args.folder,
+        attention=args.attention,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
     print(f"{'case':32} {'max abs':>9} {'max rel':>9} {'measured':>9} {'allowed':>9}  measure")
     failed = 0
     for run in cases(golden).values():

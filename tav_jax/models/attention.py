@@ -1,26 +1,45 @@
-"""Attention between frames, within a frame, over time and to text.
+"""Attention between frames, over groups of keys, in several implementations of one definition.
 
-Parameter names follow diffusers' CrossAttention and Tune-A-Video's BasicTransformerBlock.
+Attention looks here at groups of keys: in sparse-causal attention those of frame 0, which all
+frames share, and those of the frame before. The implementations differ in what they keep:
+
+| name      | what it does                                                                     |
+|-----------|----------------------------------------------------------------------------------|
+| `einsum`  | all scores in memory together: the readable truth                                |
+| `by_head` | one head of one frame at a time, each within a processor's cache: for CPUs       |
+| `chunked` | a running softmax over blocks of keys, forward and backward: bounded memory      |
+| `fused`   | one kernel: cuDNN's on a GPU, `tav_jax.models.flash` on a TPU; what it does not  |
+|           | take, by type or width, as `auto`                                                |
+| `auto`    | what `choose_implementation` says for the platform, type, width and lengths      |
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
-from tav_jax.models.layers import LayerNorm, Linear
+from tav_jax.models.by_head import attention_by_head
+from tav_jax.models.chunked import chunked_attention
+from tav_jax.models.groups import Groups, Heads, joined, merged_attention
 
 AttentionScope = Literal["sparse_causal", "spatial", "first_frame", "full"]
-Heads: TypeAlias = Float[Array, "b f n heads k"]
+AttentionImplementation = Literal["auto", "einsum", "by_head", "chunked", "fused"]
 
 # Scores of one head, 64 x 64, from which a loop over heads pays on a CPU.
 SCORES_WORTH_A_LOOP = 4096
+# Scores of a layer that may exist together, in float32 256 MB.
+SCORES_AT_ONCE = 2**26
+# Queries from which starting a kernel pays; below it, all frames' scores are a few megabytes.
+QUERIES_WORTH_A_KERNEL = 512
+CUDNN_WIDTH = 128  # the widest head that cuDNN takes before Hopper
+TPU_WIDTH = 160  # the widest head of which `flash_attention`'s blocks fit on the chip
 
 
 def attention_weights(
@@ -38,23 +57,8 @@ def attention(
 ) -> Float[Array, "*axes q heads k"]:
     """Returns softmax(Q K^T / sqrt(k)) V for each head; `mask` is true where a query may look.
 
-    Vaswani et al. 2017 (arXiv:1706.03762), eq. 1. On a CPU large heads come one after another,
-    see `attention_by_head`.
+    Vaswani et al. 2017 (arXiv:1706.03762), eq. 1.
     """
-    if mask is None and query.shape[-3] * key.shape[-3] >= SCORES_WORTH_A_LOOP:
-        return jax.lax.platform_dependent(
-            query, key, value, cpu=attention_by_head, default=attention_at_once
-        )
-    return attention_at_once(query, key, value, mask)
-
-
-def attention_at_once(
-    query: Float[Array, "*axes q heads k"],
-    key: Float[Array, "*axes m heads k"],
-    value: Float[Array, "*axes m heads k"],
-    mask: Bool[Array, "q m"] | None = None,
-) -> Float[Array, "*axes q heads k"]:
-    """Returns `attention`, all scores in memory together."""
     scores = jnp.einsum("...qhk,...mhk->...hqm", query, key, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(jnp.broadcast_to(mask, scores.shape), scores, -jnp.inf)
@@ -62,83 +66,116 @@ def attention_at_once(
     return jnp.einsum("...hqm,...mhk->...qhk", weights, value)
 
 
-def attention_by_head(
-    query: Float[Array, "*axes q heads k"],
-    key: Float[Array, "*axes m heads k"],
-    value: Float[Array, "*axes m heads k"],
-) -> Float[Array, "*axes q heads k"]:
-    """Returns `attention`, made one head of one frame at a time and made again for the gradient.
+def group_attention(
+    query: Heads, keys: Groups, values: Groups, implementation: AttentionImplementation = "auto"
+) -> Heads:
+    """Returns `attention` of each frame's queries over the keys of all groups together.
 
-    One head's scores fit in a processor's cache; those of a whole layer would spend most of the
-    time on their way to memory and back.
+    Args:
+        keys, values: A group has as many frames as the query, each seen by that frame alone, or
+            one, which all frames see and which is not copied for each where that can be helped.
+
+    Raises:
+        ValueError: "fused", and there is no kernel for this platform.
     """
-    each = tuple(
-        rearrange(x, "axes n heads k -> (axes heads) n k")
-        for x in (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-    )
-    mixed = rearrange(
-        jax.lax.map(lambda head: attention_of_head(*head), each),
-        "(axes heads) n k -> axes n heads k",
-        heads=query.shape[-2],
-    )
-    return mixed.reshape(query.shape)
+    here, width = platform(), query.shape[-1]
+    if implementation == "fused" and here not in KERNELS:
+        raise ValueError(f"attention: fused: there is no such kernel on a {here}; use auto")
+    if implementation == "auto" or (
+        implementation == "fused" and not kernel_takes(here, query.dtype, width)
+    ):
+        lengths = [key.shape[2] for key in keys]
+        implementation = choose_implementation(here, query.dtype, query.shape, lengths)
+    return IMPLEMENTATIONS[implementation](query, keys, values)
 
 
-@jax.custom_vjp
-def attention_of_head(
-    query: Float[Array, "q k"], key: Float[Array, "m k"], value: Float[Array, "m k"]
-) -> Float[Array, "q k"]:
-    """Returns `attention` of one head.
+def platform() -> str:
+    """Returns "cpu", "gpu" or "tpu": of the mesh in force, else of JAX's default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
-    Plain matrix products: as an einsum over an axis of one head XLA takes six times as long.
+
+def kernel_takes(platform: str, dtype: DTypeLike, width: int) -> bool:
+    """Tells whether the platform's kernel, if it has one, takes heads of this type and width."""
+    if platform == "gpu":
+        return jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= CUDNN_WIDTH
+    return platform == "tpu" and width <= TPU_WIDTH
+
+
+def choose_implementation(
+    platform: str, dtype: DTypeLike, query_shape: tuple[int, ...], key_lengths: Sequence[int]
+) -> AttentionImplementation:
+    """Returns the fastest implementation that fits, for one layer.
+
+    Args:
+        query_shape: b, f, q, heads and k.
+        key_lengths: Keys that a query sees, by group.
     """
-    return attention_weights(_matmul(query, key.T), query.shape[-1], value.dtype) @ value
+    *batch, queries, heads, width = query_shape
+    scores = queries * sum(key_lengths)
+    if platform == "cpu":
+        if scores < SCORES_WORTH_A_LOOP:
+            return "einsum"
+        return "by_head" if scores <= SCORES_AT_ONCE else "chunked"
+    if queries >= QUERIES_WORTH_A_KERNEL and kernel_takes(platform, dtype, width):
+        return "fused"
+    return "einsum" if math.prod(batch) * heads * scores <= SCORES_AT_ONCE else "chunked"
 
 
-_matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)
+def einsum_attention(query: Heads, keys: Groups, values: Groups) -> Heads:
+    """Returns `group_attention`, all scores in memory together."""
+
+    def each(equation: str, x: Array, group: Array) -> Array:
+        shared = group.shape[1] == 1
+        return jnp.einsum(
+            equation.replace("g", "" if shared else "f"),
+            x,
+            group[:, 0] if shared else group,
+            preferred_element_type=jnp.float32,
+        )
+
+    scores = jnp.concatenate([each("bfqhk,bgmhk->bfhqm", query, key) for key in keys], axis=-1)
+    weights = attention_weights(scores, query.shape[-1], values[0].dtype)
+    ends = [sum(key.shape[2] for key in keys[: i + 1]) for i in range(len(keys) - 1)]
+    parts = zip(jnp.split(weights, ends, axis=-1), values, strict=True)
+    mixed = sum(each("bfhqm,bgmhk->bfqhk", part, value) for part, value in parts)
+    return jnp.asarray(mixed, query.dtype)
 
 
-def _attention_of_head_forward(query: Array, key: Array, value: Array):
-    mixed = attention_of_head(query, key, value)
-    return mixed, (query, key, value, mixed)
+def cudnn_attention(query: Heads, keys: Groups, values: Groups) -> Heads:
+    """Returns `group_attention` by cuDNN, which keeps scores on the chip."""
+    rows = joined(query, keys, values)
+    return jax.nn.dot_product_attention(*rows, implementation="cudnn").reshape(query.shape)
 
 
-def _attention_of_head_backward(residuals: tuple[Array, ...], gradient: Array):
-    """Returns dQ = dS K, dK = dS^T Q, dV = P^T dO; P the weights, dS = P (dO V^T - rowsum(dO O)).
+def pallas_attention(query: Heads, keys: Groups, values: Groups) -> Heads:
+    """Returns `group_attention` by our kernel for TPUs, which keeps scores on the chip."""
+    # Only here: what has no TPU need not import Pallas.
+    from tav_jax.models.flash import flash_attention
 
-    Dao et al. 2022 (arXiv:2205.14135), appendix B.2. P and dS are made twice, once transposed:
-    XLA transposes a matrix on the CPU in four times the time that it takes to make it.
-    """
-    query, key, value, mixed = residuals
-    scale = query.shape[-1] ** -0.5
-    rows = jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1)
-    weights = jax.nn.softmax(_matmul(query, key.T) * scale, axis=1)
-    on_scores = weights * (_matmul(gradient, value.T) - rows[:, None]) * scale
-    on_query = _matmul(on_scores.astype(key.dtype), key)
-    weights = jax.nn.softmax(_matmul(key, query.T) * scale, axis=0)
-    on_scores = weights * (_matmul(value, gradient.T) - rows[None, :]) * scale
-    on_key = _matmul(on_scores.astype(query.dtype), query)
-    on_value = _matmul(weights.astype(gradient.dtype), gradient)
-    return on_query.astype(query.dtype), on_key.astype(key.dtype), on_value.astype(value.dtype)
+    return merged_attention(query, keys, values, attend=flash_attention)
 
 
-attention_of_head.defvjp(_attention_of_head_forward, _attention_of_head_backward)
+KERNELS = {"gpu": cudnn_attention, "tpu": pallas_attention}
+IMPLEMENTATIONS: dict[str, Callable[[Heads, Groups, Groups], Heads]] = {
+    "einsum": einsum_attention,
+    "by_head": attention_by_head,
+    "chunked": partial(merged_attention, attend=chunked_attention),
+    "fused": lambda *heads: KERNELS[platform()](*heads),
+}
 
 
-def sparse_causal_attention(query: Heads, key: Heads, value: Heads) -> Heads:
+def sparse_causal_attention(
+    query: Heads, key: Heads, value: Heads, implementation: AttentionImplementation = "auto"
+) -> Heads:
     """Returns each frame's attention over the tokens of frame 0 and of the frame before it.
 
     Wu et al. 2023 (arXiv:2212.11565), section 3.2: Q = W_Q z_i, K = W_K [z_0, z_{i-1}],
     V = W_V [z_0, z_{i-1}]. Frame 0 has no predecessor: it looks at itself twice, which is the
     same as once.
     """
-    key, value = (jnp.concatenate([first_frame(x), former_frame(x)], axis=2) for x in (key, value))
-    return attention(query, key, value)
-
-
-def first_frame(x: Heads) -> Heads:
-    """Returns frame 0 in the place of every frame."""
-    return jnp.broadcast_to(x[:, :1], x.shape)
+    keys, values = ((x[:, :1], former_frame(x)) for x in (key, value))
+    return group_attention(query, keys, values, implementation)
 
 
 def former_frame(x: Heads) -> Heads:
@@ -146,128 +183,34 @@ def former_frame(x: Heads) -> Heads:
     return jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
 
 
-def first_frame_attention(query: Heads, key: Heads, value: Heads) -> Heads:
+def spatial_attention(
+    query: Heads,
+    key: Float[Array, "b g m heads k"],
+    value: Float[Array, "b g m heads k"],
+    implementation: AttentionImplementation = "auto",
+) -> Heads:
+    """Returns each frame's attention over its own keys, or over one frame's that all share."""
+    return group_attention(query, (key,), (value,), implementation)
+
+
+def first_frame_attention(
+    query: Heads, key: Heads, value: Heads, implementation: AttentionImplementation = "auto"
+) -> Heads:
     """Returns each frame's attention over the tokens of frame 0 alone."""
-    return full_attention(query, key[:, :1], value[:, :1])
+    return group_attention(query, (key[:, :1],), (value[:, :1],), implementation)
 
 
 def full_attention(
-    query: Heads,
-    key: Float[Array, "b g n heads k"],
-    value: Float[Array, "b g n heads k"],
+    query: Heads, key: Heads, value: Heads, implementation: AttentionImplementation = "auto"
 ) -> Heads:
-    """Returns each token's attention over every token of every frame that key and value hold."""
-    frames = query.shape[1]
-    query, key, value = (
-        rearrange(x, "b f n heads k -> b (f n) heads k") for x in (query, key, value)
-    )
-    return rearrange(attention(query, key, value), "b (f n) heads k -> b f n heads k", f=frames)
+    """Returns each token's attention over every token of every frame."""
+    key, value = (rearrange(x, "b f n heads k -> b 1 (f n) heads k") for x in (key, value))
+    return group_attention(query, (key,), (value,), implementation)
 
 
-FRAME_ATTENTION: dict[str, Callable[[Heads, Heads, Heads], Heads]] = {
+FRAME_ATTENTION: dict[str, Callable[..., Heads]] = {
     "sparse_causal": sparse_causal_attention,
-    "spatial": attention,
+    "spatial": spatial_attention,
     "first_frame": first_frame_attention,
     "full": full_attention,
 }
-
-
-class Attention(nnx.Module):
-    """Projections around one of the attention functions above."""
-
-    def __init__(
-        self,
-        query_dim: int,
-        num_attention_heads: int,
-        *,
-        context_dim: int | None = None,
-        attend: Callable[[Array, Array, Array], Array] = attention,
-        use_bias: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        context_dim = query_dim if context_dim is None else context_dim
-        self.to_q = Linear(query_dim, query_dim, use_bias=use_bias, rngs=rngs)
-        self.to_k = Linear(context_dim, query_dim, use_bias=use_bias, rngs=rngs)
-        self.to_v = Linear(context_dim, query_dim, use_bias=use_bias, rngs=rngs)
-        # The checkpoint counts a dropout as to_out.1.
-        self.to_out = nnx.List([Linear(query_dim, query_dim, rngs=rngs)])
-        self.num_attention_heads = num_attention_heads
-        self.attend = attend
-
-    def __call__(
-        self, x: Float[Array, "*axes n c"], context: Float[Array, "*axes m d"]
-    ) -> Float[Array, "*axes n c"]:
-        query, key, value = (
-            rearrange(y, "... (heads k) -> ... heads k", heads=self.num_attention_heads)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        mixed = self.attend(query, key, value)
-        return self.to_out[0](rearrange(mixed, "... heads k -> ... (heads k)"))
-
-
-class GEGLU(nnx.Module):
-    """Value times gelu(gate), the exact gelu (Shazeer 2020, arXiv:2002.05202)."""
-
-    def __init__(self, dim: int, inner_dim: int, *, rngs: nnx.Rngs):
-        self.proj = Linear(dim, 2 * inner_dim, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "*axes c"]) -> Float[Array, "*axes i"]:
-        value, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return value * jax.nn.gelu(gate, approximate=False)
-
-
-class FeedForward(nnx.Module):
-    def __init__(self, dim: int, *, rngs: nnx.Rngs):
-        inner_dim = 4 * dim
-        # The checkpoint counts a dropout as net.1, which holds no parameters.
-        self.net: nnx.List = nnx.List(
-            [GEGLU(dim, inner_dim, rngs=rngs), None, Linear(inner_dim, dim, rngs=rngs)]
-        )
-
-    def __call__(self, x: Float[Array, "*axes c"]) -> Float[Array, "*axes c"]:
-        return self.net[2](self.net[0](x))
-
-
-class BasicTransformerBlock(nnx.Module):
-    """Attention between frames, to the text, feed-forward, then attention over time.
-
-    Wu et al. 2023, figure 3, and the published BasicTransformerBlock: the temporal attention
-    comes last, after the feed-forward.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_attention_heads: int,
-        *,
-        context_dim: int,
-        attention_scope: AttentionScope,
-        temporal_attention: bool = True,
-        rngs: nnx.Rngs,
-    ):
-        attend = FRAME_ATTENTION[attention_scope]
-        self.norm1 = LayerNorm(dim)
-        self.attn1 = Attention(dim, num_attention_heads, attend=attend, rngs=rngs)
-        self.norm2 = LayerNorm(dim)
-        self.attn2 = Attention(dim, num_attention_heads, context_dim=context_dim, rngs=rngs)
-        self.norm3 = LayerNorm(dim)
-        self.ff = FeedForward(dim, rngs=rngs)
-        self.norm_temp = LayerNorm(dim) if temporal_attention else None
-        self.attn_temp = (
-            Attention(dim, num_attention_heads, rngs=rngs) if temporal_attention else None
-        )
-
-    def __call__(
-        self, x: Float[Array, "b f n c"], context: Float[Array, "b s d"]
-    ) -> Float[Array, "b f n c"]:
-        frames = x.shape[1]
-        normed = self.norm1(x)
-        x = x + self.attn1(normed, normed)
-        # The text is the same for every frame: its keys and values are made once per prompt.
-        queries = rearrange(self.norm2(x), "b f n c -> b (f n) c")
-        x = x + rearrange(self.attn2(queries, context), "b (f n) c -> b f n c", f=frames)
-        x = x + self.ff(self.norm3(x))
-        if self.norm_temp is None or self.attn_temp is None:
-            return x
-        over_time = rearrange(self.norm_temp(x), "b f n c -> b n f c")
-        return x + rearrange(self.attn_temp(over_time, over_time), "b n f c -> b f n c")

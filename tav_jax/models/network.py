@@ -7,7 +7,6 @@ from typing import Any, Generic, TypeVar
 import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict
-from jax import Array
 
 from tav_jax.types import Params, PRNGKey
 
@@ -37,7 +36,7 @@ class Network(Generic[Module]):
         )
         return nnx.merge(_definition(self.module_class, self.config)[0], state)
 
-    def __call__(self, *inputs: Array) -> Array:
+    def __call__(self, *inputs: Any) -> Any:
         return self.bind()(*inputs)
 
     def with_params(self, params: Params) -> "Network[Module]":

@@ -5,7 +5,9 @@ At one frame, with the temporal attention at its start, it is the image U-Net.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,17 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from tav_jax.models.attention import AttentionScope, BasicTransformerBlock
+from tav_jax.models.attention import (
+    AttentionImplementation,
+    AttentionScope,
+    choose_implementation,
+    platform,
+)
 from tav_jax.models.layers import Conv, Downsample, GroupNorm, Linear, ResnetBlock, Upsample
-from tav_jax.types import Context, Latents, Timesteps
+from tav_jax.models.transformer import BasicTransformerBlock
+from tav_jax.types import Context, KeysValues, Latents, TextKeysValues, Timesteps
+
+GradientCheckpointing = Literal["none", "blocks", "full"]
 
 TRANSFORMER_NORM_EPS = 1e-6  # diffusers' Transformer2DModel; the residual blocks take norm_eps
 
@@ -36,8 +46,10 @@ class UNetConfig:
         attention_scope: What a frame's self-attention may look at.
         temporal_attention: Without it, and "spatial", frames meet in the group norms alone; at
             one frame that is the image U-Net, with exactly its parameters.
-        gradient_checkpointing: Keep only the inputs of residual blocks and transformers for the
-            backward pass and compute the rest again.
+        attention: How attention is computed, see `tav_jax.models.attention`.
+        gradient_checkpointing: What is kept for the backward pass; the rest is computed again.
+            "none" keeps everything, "blocks" the inputs of residual blocks and transformers;
+            under "full", when a transformer is computed again, the inputs of its four parts.
         dtype: Type of the computation; statistics and softmax are float32 in any case.
     """
 
@@ -57,7 +69,8 @@ class UNetConfig:
     sample_size: int = 64
     attention_scope: AttentionScope = "sparse_causal"
     temporal_attention: bool = True
-    gradient_checkpointing: bool = False
+    attention: AttentionImplementation = "auto"
+    gradient_checkpointing: GradientCheckpointing = "none"
     dtype: str = "float32"
 
 
@@ -102,25 +115,35 @@ class Transformer3D(nnx.Module):
                     num_attention_heads,
                     context_dim=config.cross_attention_dim,
                     attention_scope=config.attention_scope,
+                    attention=config.attention,
                     temporal_attention=config.temporal_attention,
+                    keep_inputs_only=config.gradient_checkpointing == "full",
                     rngs=rngs,
                 )
             ]
         )
         self.proj_out = project(channels, channels, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b f h w c"], context: Context) -> Float[Array, "b f h w c"]:
+    def keys_values(self, context: Context) -> tuple[KeysValues, ...]:
+        return tuple(block.attn2.keys_values(context[:, None]) for block in self.transformer_blocks)
+
+    def __call__(
+        self, x: Float[Array, "b f h w c"], text: tuple[KeysValues, ...]
+    ) -> Float[Array, "b f h w c"]:
         b, _, h, _, _ = x.shape
         # Frame by frame here, unlike in the residual blocks.
         normed = self.norm(rearrange(x, "b f h w c -> (b f) h w c"))
         hidden = rearrange(self.proj_in(normed), "(b f) h w c -> b f (h w) c", b=b)
-        for block in self.transformer_blocks:
-            hidden = block(hidden, context)
+        for block, keys_values in zip(self.transformer_blocks, text, strict=True):
+            hidden = block(hidden, keys_values)
         return x + self.proj_out(rearrange(hidden, "b f (h w) c -> b f h w c", h=h))
 
 
 def pointwise_conv(in_channels: int, out_channels: int, *, rngs: nnx.Rngs) -> Conv:
     return Conv(in_channels, out_channels, 1, rngs=rngs)
+
+
+BlockText: TypeAlias = tuple[tuple[KeysValues, ...], ...]
 
 
 class Block(nnx.Module):
@@ -162,6 +185,74 @@ class Block(nnx.Module):
             [Downsample(out_channels, padding=(1, 1), rngs=rngs)] if downsample else []
         )
         self.upsamplers = nnx.List([Upsample(out_channels, rngs=rngs)] if upsample else [])
+
+        self.config = config
+
+    def keys_values(self, context: Context) -> tuple[tuple[KeysValues, ...], ...]:
+        return tuple(transformer.keys_values(context) for transformer in self.attentions)
+
+    def run(self, layer: Callable[..., Array], *inputs: Any) -> Array:
+        """Returns layer(*inputs), for the gradient made again unless all is to be kept."""
+        if self.config.gradient_checkpointing == "none":
+            return layer(*inputs)
+        return jax.checkpoint(lambda *inputs: layer(*inputs))(*inputs)
+
+    def down(self, x: Array, time_emb: Array, text: BlockText) -> tuple[Array, list[Array]]:
+        """Returns what goes down, and what skips to the way up."""
+        skips = []
+        for index, resnet in enumerate(self.resnets):
+            x = self.run(resnet, x, time_emb)
+            if self.attentions:
+                x = self.run(self.attentions[index], x, text[index])
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+            skips.append(x)
+        return x, skips
+
+    def middle(self, x: Array, time_emb: Array, text: BlockText) -> Array:
+        first, second = self.resnets
+        x = self.run(first, x, time_emb)
+        x = self.run(self.attentions[0], x, text[0])
+        return self.run(second, x, time_emb)
+
+    def up(self, x: Array, time_emb: Array, text: BlockText, skips: list[Array]) -> Array:
+        """Returns what goes up; `skips` come in the order in which they were made."""
+        for index, resnet in enumerate(self.resnets):
+            skip = skips[len(self.resnets) - 1 - index]
+            x = self.run(resnet, jnp.concatenate([x, skip], axis=-1), time_emb)
+            if self.attentions:
+                x = self.run(self.attentions[index], x, text[index])
+        return x
+
+
+def chosen_attention(config: UNetConfig, frames: int, height: int, width: int) -> dict[str, str]:
+    """Returns how attention between frames is computed at each level that has it, by its grid.
+
+    Args:
+        height, width: Of the latents.
+    """
+    chosen: dict[str, str] = {}
+    levels = len(config.block_out_channels)
+    for level, channels in enumerate(config.block_out_channels):
+        last = level == levels - 1
+        if not (config.down_attention[level] or config.up_attention[-1 - level] or last):
+            continue
+        # Strided convolutions round up.
+        rows, columns = -(-height // 2**level), -(-width // 2**level)
+        tokens, heads = rows * columns, config.num_attention_heads[level]
+        lengths = {"sparse_causal": [tokens, tokens], "full": [frames * tokens]}
+        chosen[f"{columns}x{rows}"] = (
+            config.attention
+            if config.attention != "auto"
+            else choose_implementation(
+                platform(),
+                config.dtype,
+                (1, frames, tokens, heads, channels // heads),
+                lengths.get(config.attention_scope, [tokens]),
+            )
+        )
+    return chosen
 
 
 def time_embed_dim(config: UNetConfig) -> int:
@@ -221,20 +312,29 @@ class UNet3DConditionModel(nnx.Module):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = Conv(widths[0], config.out_channels, rngs=rngs)
 
-    def __call__(self, latents: Latents, timesteps: Timesteps, context: Context) -> Latents:
+    def text_keys_values(self, context: Context) -> TextKeysValues:
+        """Returns the text's keys and values in every transformer.
+
+        They depend on neither timestep nor frame: loops over timesteps make them once.
+        """
+        context = context.astype(self.config.dtype)
+        return tuple(block.keys_values(context) for block in self._blocks())
+
+    def _blocks(self) -> list[Block]:
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
+
+    def __call__(
+        self, latents: Latents, timesteps: Timesteps, context: Context | TextKeysValues
+    ) -> Latents:
         """Returns the predicted noise (or velocity), float32.
 
         Args:
             latents: Noisy latents, scaled by the VAE's scaling factor.
             timesteps: Training timesteps, 0 to 999, one per clip.
-            context: States of the text encoder's last layer, one prompt per clip.
+            context: States of the text encoder's last layer, one prompt per clip; or what
+                `text_keys_values` made of them.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-
-        def run(layer: nnx.Module, x: Array, *args: Array) -> Array:
-            if not config.gradient_checkpointing:
-                return layer(x, *args)
-            return jax.checkpoint(lambda x, *args: layer(x, *args))(x, *args)
 
         waves = timestep_embedding(
             timesteps,
@@ -243,30 +343,21 @@ class UNet3DConditionModel(nnx.Module):
             freq_shift=config.freq_shift,
         )
         time_emb = self.time_embedding(waves.astype(dtype))
-        context = context.astype(dtype)
+        text = context if isinstance(context, tuple) else self.text_keys_values(context)
+        blocks = list(zip(self._blocks(), text, strict=True))
+        levels = len(self.down_blocks)
 
         x = self.conv_in(latents.astype(dtype))
         skips = [x]
-        for block in self.down_blocks:
-            for index, resnet in enumerate(block.resnets):
-                x = run(resnet, x, time_emb)
-                if block.attentions:
-                    x = run(block.attentions[index], x, context)
-                skips.append(x)
-            for downsampler in block.downsamplers:
-                x = downsampler(x)
-                skips.append(x)
-
-        first, second = self.mid_block.resnets
-        x = run(first, x, time_emb)
-        x = run(self.mid_block.attentions[0], x, context)
-        x = run(second, x, time_emb)
-
-        for block in self.up_blocks:
-            for index, resnet in enumerate(block.resnets):
-                x = run(resnet, jnp.concatenate([x, skips.pop()], axis=-1), time_emb)
-                if block.attentions:
-                    x = run(block.attentions[index], x, context)
+        for block, keys_values in blocks[:levels]:
+            x, more = block.down(x, time_emb, keys_values)
+            skips += more
+        middle, keys_values = blocks[levels]
+        x = middle.middle(x, time_emb, keys_values)
+        for block, keys_values in blocks[levels + 1 :]:
+            count = len(block.resnets)
+            x = block.up(x, time_emb, keys_values, skips[-count:])
+            del skips[-count:]
             for upsampler in block.upsamplers:
                 x = upsampler(x, (skips[-1].shape[2], skips[-1].shape[3]))
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from tav_jax.models.attention import attention
+from tav_jax.models.attention import spatial_attention
 from tav_jax.models.layers import Conv, Downsample, GroupNorm, Linear, ResnetBlock, Upsample
 from tav_jax.types import Latents, Moments, PixelValues
 
@@ -58,9 +58,9 @@ class SpatialAttention(nnx.Module):
         self.to_out = nnx.List([Linear(channels, channels, rngs=rngs)])
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-        normed = rearrange(self.group_norm(x), "n h w c -> n (h w) 1 c")
-        mixed = attention(self.to_q(normed), self.to_k(normed), self.to_v(normed))
-        return x + self.to_out[0](rearrange(mixed, "n (h w) 1 c -> n h w c", h=x.shape[1]))
+        normed = rearrange(self.group_norm(x), "n h w c -> n 1 (h w) 1 c")
+        mixed = spatial_attention(self.to_q(normed), self.to_k(normed), self.to_v(normed))
+        return x + self.to_out[0](rearrange(mixed, "n 1 (h w) 1 c -> n h w c", h=x.shape[1]))
 
 
 class Level(nnx.Module):

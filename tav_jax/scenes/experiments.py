@@ -179,7 +179,9 @@ class Tuned:
         model = self.base(0)
         labels = label_params(model.unet.params, modules)
         self.optimizer = make_optimizer(labels, setting.learning_rate)
-        self.step = compile_train_step(model, optimizer=self.optimizer, labels=labels)
+        self.step = compile_train_step(
+            model.vae.config.scaling_factor, optimizer=self.optimizer, labels=labels
+        )
 
     def base(self, seed: int) -> Model:
         """Returns the untuned model, its temporal attention drawn from the seed."""

@@ -37,8 +37,13 @@ def snapshot(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def read_metrics(folder):
+def read_lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_metrics(folder):
+    """The lines of steps, without those that say where the time went."""
+    return [line for line in read_lines(folder) if "stage" not in line]
 
 
 def without_seconds(lines):

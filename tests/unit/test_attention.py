@@ -1,17 +1,22 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import pallas as pl
 
+from tav_jax.models import chunked
 from tav_jax.models.attention import (
     FRAME_ATTENTION,
-    Attention,
     attention,
-    attention_at_once,
-    attention_by_head,
     attention_weights,
+    choose_implementation,
+    group_attention,
+    sparse_causal_attention,
 )
+from tav_jax.models.transformer import Attention
 
 # The frames whose tokens each of four frames looks at. Sparse-causal frame 1 sees frame 0 as the
 # first and as the former, which doubles its keys and changes nothing.
@@ -93,13 +98,138 @@ def test_large_grids_are_attended_to_by_the_same_definition(key, scope):
     np.testing.assert_allclose(ATTEND[scope](*heads), expected, atol=ROUNDING)
 
 
-def test_head_by_head_gives_the_values_and_gradients_of_all_at_once(heads):
-    by_head, at_once = jax.jit(attention_by_head), jax.jit(attention_at_once)
-    np.testing.assert_allclose(by_head(*heads), at_once(*heads), atol=ROUNDING)
-    for ours, expected in zip(
-        squares(attention_by_head)(*heads), squares(attention_at_once)(*heads), strict=True
-    ):
-        np.testing.assert_allclose(ours, expected, atol=ROUNDING)
+# Three frames of 6 tokens, keys of 6 or 10: blocks of scores do not have the shape of frames.
+GROUPS = {
+    "own": [(3, 10)],
+    "shared": [(1, 10)],
+    "shared and own": [(1, 6), (3, 6)],
+    "three groups": [(3, 6), (1, 10), (3, 10)],
+}
+
+
+@pytest.fixture(params=GROUPS.values(), ids=GROUPS.keys())
+def groups(request, key):
+    """Query, groups of keys and groups of values."""
+    query, *rest = jax.random.normal(key, (7, 2, 3, 10, 2, 4))
+    cut = [x[:, :g, :m] for x, (g, m) in zip(rest, request.param + request.param, strict=False)]
+    return query[:, :, :6], tuple(cut[: len(request.param)]), tuple(cut[len(request.param) :])
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Makes chunks of 3 queries by at most 3 keys of this test's inputs."""
+    monkeypatch.setattr(chunked, "BLOCK_SCORES", 12 * 9)
+
+
+def every_key_copied(query, keys, values):
+    """The definition: each frame's queries over the concatenation of its keys."""
+    frames = query.shape[1]
+
+    def of_each_frame(xs):
+        return jnp.concatenate([jnp.repeat(x, frames // x.shape[1], axis=1) for x in xs], axis=2)
+
+    return attention(query, of_each_frame(keys), of_each_frame(values))
+
+
+@pytest.mark.parametrize("name", ["einsum", "by_head", "chunked"])
+def test_implementations_agree_in_value_and_gradient(groups, small_blocks, name):
+    attend = partial(group_attention, implementation=name)
+    expected = jax.jit(every_key_copied)(*groups)
+    np.testing.assert_allclose(jax.jit(attend)(*groups), expected, atol=ROUNDING)
+    ours, expected = squares(attend)(*groups), squares(every_key_copied)(*groups)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert one.shape == other.shape
+        np.testing.assert_allclose(one, other, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["einsum", "by_head", "chunked"])
+def test_implementations_keep_the_type_and_take_the_softmax_in_float32(groups, small_blocks, name):
+    query, keys, values = jax.tree.map(lambda x: x.astype(jnp.bfloat16), groups)
+    # A common 300 in every score, which bfloat16 would round to even numbers.
+    query = query.at[..., 0].set(300)
+    keys = tuple(key.at[..., 0].set(1) for key in keys)
+    ours = group_attention(query, keys, values, name)
+    assert ours.dtype == jnp.bfloat16
+    wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (query, keys, values))
+    np.testing.assert_allclose(
+        np.asarray(ours, np.float32), every_key_copied(*wide), atol=4 * BFLOAT16_STEP
+    )
+
+
+def test_the_kernel_for_tpus_agrees_over_groups_of_keys(key, monkeypatch):
+    # The kernel's own tests have its gradients; here, how groups are merged around it.
+    monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+    monkeypatch.setattr("tav_jax.models.attention.platform", lambda: "tpu")
+    heads = jax.random.normal(key, (3, 1, 3, 128, 2, 8))
+    expected = jax.jit(sparse_causal_attention, static_argnums=3)(*heads, "einsum")
+    ours = jax.jit(sparse_causal_attention, static_argnums=3)(*heads, "fused")
+    np.testing.assert_allclose(ours, expected, atol=ROUNDING)
+
+
+def test_scores_of_chunked_attention_never_exist_together():
+    # 4,096 queries against 8,192 keys, of 8 heads, forward and back.
+    query, key = (jax.ShapeDtypeStruct((1, 1, n, 8, 40), jnp.bfloat16) for n in (4096, 8192))
+    attend = partial(group_attention, implementation="chunked")
+    program = jax.jit(squares(attend)).lower(query, (key,), (key,)).compile()
+    matrix = 4 * 8 * 4096 * 8192
+    assert program.memory_analysis().temp_size_in_bytes < matrix / 2
+
+
+def test_a_block_is_the_longest_divisor_that_is_allowed():
+    assert [chunked.block_length(n, 512) for n in (4096, 77, 960, 61 * 67)] == [512, 77, 480, 67]
+
+
+V1_4_WIDTHS = [40, 80, 160, 160]
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "chosen"),
+    [
+        pytest.param("cpu", "float32", ["by_head"] * 4, id="cpu"),
+        pytest.param("gpu", "bfloat16", ["fused", "fused", "einsum", "einsum"], id="gpu"),
+        pytest.param(
+            "gpu", "float32", ["chunked", "chunked", "einsum", "einsum"], id="gpu-float32"
+        ),
+        pytest.param("tpu", "bfloat16", ["fused", "fused", "einsum", "einsum"], id="tpu"),
+        pytest.param("tpu", "float32", ["fused", "fused", "einsum", "einsum"], id="tpu-float32"),
+    ],
+)
+def test_auto_chooses_by_level_of_v1_4(platform, dtype, chosen):
+    # 8 frames of 512x512: grids of 64, 32, 16 and 8.
+    ours = [
+        choose_implementation(platform, dtype, (1, 8, side**2, 8, width), [side**2, side**2])
+        for side, width in zip((64, 32, 16, 8), V1_4_WIDTHS, strict=True)
+    ]
+    assert ours == chosen
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "tokens", "width"),
+    [
+        pytest.param("tpu", "bfloat16", 8192, 512, id="a width beyond the kernel's blocks"),
+        pytest.param("gpu", "bfloat16", 4096, 160, id="a width that only Hopper takes"),
+        pytest.param("gpu", "bfloat16", 4096, 42, id="a width that 8 does not divide"),
+        pytest.param("cpu", "float32", 16384, 40, id="scores beyond a processor's memory"),
+    ],
+)
+def test_auto_bounds_memory_where_no_kernel_serves(platform, dtype, tokens, width):
+    chosen = choose_implementation(platform, dtype, (1, 8, tokens, 8, width), [tokens, tokens])
+    assert chosen == "chunked"
+
+
+def test_fused_is_refused_where_there_is_no_kernel(groups):
+    with pytest.raises(ValueError, match=r"attention: fused: .*cpu; use auto"):
+        group_attention(*groups, "fused")
+
+
+def test_auto_takes_the_platform_of_the_backend(groups, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "tav_jax.models.attention.choose_implementation",
+        lambda platform, *_: asked.append(platform) or "einsum",
+    )
+    group_attention(*groups)
+    assert asked == ["cpu"]
 
 
 def test_mask_hides_keys_completely(heads):
@@ -181,4 +311,6 @@ def test_heads_are_neighbouring_slices_of_the_width(key):
             query[item, token, width], keys[item, :, width], values[item, :, width]
         )
     expected = mixed @ np.asarray(module.to_out[0].kernel[...]) + np.arange(6)
-    np.testing.assert_allclose(module(x, context), expected, atol=ROUNDING)
+    np.testing.assert_allclose(
+        module(x[:, None], module.keys_values(context[:, None]))[:, 0], expected, atol=ROUNDING
+    )

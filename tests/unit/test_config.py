@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from tav_jax.config import (
+    HOW_KEYS,
     MEANINGLESS_KEYS,
     TrainData,
     TuneConfig,
@@ -127,7 +128,7 @@ def test_a_file_of_the_original_release_reads_unchanged(write):
         trainable_modules=("attn1.to_q", "attn2.to_q", "attn_temp"),
         seed=33,
         mixed_precision="fp16",
-        gradient_checkpointing=True,
+        gradient_checkpointing="blocks",
     )
     assert [note.split(":")[0] for note in notes] == [
         "enable_xformers_memory_efficient_attention",
@@ -427,10 +428,26 @@ def test_differences_name_each_key_with_both_values():
     assert differences(there, there) == []
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("true", "blocks"), ("false", "none"), ("full", "full"), ("auto", "auto")],
+)
+def test_the_originals_switch_of_gradient_checkpointing_names_a_preset(tmp_path, written, read):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(SMALLEST))
+    config, _ = load_config(path, [f"gradient_checkpointing={written}"])
+    assert config.gradient_checkpointing == read
+
+
 def test_every_setting_makes_a_difference():
     config = parse_config(SMALLEST)
     for field in fields(TuneConfig):
-        if field.name not in ("train_data", "validation_data"):
+        if field.name in HOW_KEYS:
+            # Only in time and memory: a run may go on under another.
+            another = replace(config, **{field.name: _another(config, field)})
+            assert another != config
+            assert differences(another, config) == []
+        elif field.name not in ("train_data", "validation_data"):
             [line] = differences(replace(config, **{field.name: _another(config, field)}), config)
             assert line.startswith(f"{field.name}: ")
     for section in ("train_data", "validation_data"):
@@ -450,6 +467,9 @@ def _another(settings, field):
     choices = {
         "lr_scheduler": "cosine",
         "attention_scope": "full",
+        "attention": "chunked",
+        "gradient_checkpointing": "blocks",
+        "memory_limit_gb": 8.0,
         "sampler": "dpm_solver",
         "mixed_precision": "bf16",
         "sampling": "uniform",

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tav_jax.models.attention import GEGLU
 from tav_jax.models.clip import gelu, quick_gelu
 from tav_jax.models.layers import (
     Conv,
@@ -22,6 +21,7 @@ from tav_jax.models.layers import (
     layer_norm,
     upsample_nearest,
 )
+from tav_jax.models.transformer import GEGLU
 from tav_jax.models.unet import timestep_embedding
 
 ROUNDING = 1e-5  # float32 against float64, for values around 1

@@ -443,7 +443,9 @@ def test_a_written_config_is_read_as_it_was(config):
 
 
 def test_how_a_network_computes_is_not_part_of_the_written_config():
-    how = replace(OURS_V1_4, dtype="bfloat16", attention_scope="full", gradient_checkpointing=True)
+    how = replace(
+        OURS_V1_4, dtype="bfloat16", attention_scope="full", gradient_checkpointing="full"
+    )
     assert write_unet_config(how) == write_unet_config(OURS_V1_4)
 
 

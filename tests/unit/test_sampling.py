@@ -13,7 +13,7 @@ from tav_jax.schedule import ddim_timesteps, make_schedule
 
 ROUNDING = 1e-4  # float32 over a trajectory, where small abar magnify rounding by up to 15
 
-STATIC = ("denoise", "trajectory", "on_step")
+STATIC = ("denoise", "trajectory")
 sample = jax.jit(ddim_sample, static_argnames=("num_inference_steps", *STATIC))
 invert = jax.jit(ddim_invert, static_argnames=("num_inv_steps", *STATIC))
 
@@ -226,7 +226,7 @@ def test_inversion_then_sampling_approaches_the_start(clips, prediction_type):
     assert error(400) < error(100) / 3 < 0.02
 
 
-# Batches, seeds and progress
+# Batches, seeds and programs
 
 
 def test_prompts_side_by_side_give_what_each_gives_alone(clips):
@@ -302,6 +302,23 @@ def test_trajectory_ends_in_the_result(clips, run, length):
     np.testing.assert_allclose(path[-1], result, atol=ROUNDING)
 
 
+def test_keys_and_values_may_stand_in_the_place_of_the_text(clips):
+    latents, *texts = clips
+    schedule = stable_diffusion()
+
+    def of_keys(latents, timesteps, text):
+        (((keys, _),),), *_ = text
+        return of_everything(latents, timesteps, keys[:, 0, :, 0])
+
+    # A pair of a block of a transformer of a level.
+    read = [((((text[:, None, :, None], text[:, None, :, None]),),),) for text in texts]
+    for guidance in (slice(1), slice(2)):
+        np.testing.assert_array_equal(
+            sample(of_keys, schedule, latents, *read[guidance], num_inference_steps=3),
+            sample(of_everything, schedule, latents, *texts[guidance], num_inference_steps=3),
+        )
+
+
 @pytest.mark.parametrize("num_steps", [2, 50])
 def test_the_whole_loop_is_one_program_that_holds_the_network_once(clips, num_steps):
     latents, context, negative = clips
@@ -333,25 +350,6 @@ def test_another_guidance_scale_or_prompt_compiles_nothing(clips):
         for text in (context, negative):
             sample(counted, schedule, latents, text, negative, scale, num_inference_steps=2)
     assert len(traces) == 1
-
-
-@pytest.mark.parametrize(
-    "run",
-    [
-        pytest.param(partial(sample, num_inference_steps=5), id="sampling"),
-        pytest.param(partial(invert, num_inv_steps=5), id="inversion"),
-    ],
-)
-def test_on_step_reports_each_step_once(clips, run):
-    latents, context, _ = clips
-    done = []
-
-    def on_step(count):
-        done.append(int(count))
-
-    run(of_everything, stable_diffusion(), latents, context, on_step=on_step)
-    jax.effects_barrier()
-    assert sorted(done) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("num_steps", [0, 1000])

@@ -124,11 +124,11 @@ def test_parameters_are_stored_in_bfloat16_but_for_the_modules_kept_in_float32()
 
 
 def test_how_the_network_computes_is_chosen_at_loading():
-    config = load_model(BASE, attention_scope="full", gradient_checkpointing=True).unet.config
+    config = load_model(BASE, attention_scope="full", gradient_checkpointing="full").unet.config
     assert config.attention_scope == "full"
-    assert config.gradient_checkpointing
+    assert config.gradient_checkpointing == "full"
     assert load_unet(BASE / "unet").config == replace(
-        config, attention_scope="sparse_causal", gradient_checkpointing=False
+        config, attention_scope="sparse_causal", gradient_checkpointing="none"
     )
 
 

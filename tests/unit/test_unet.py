@@ -1,3 +1,4 @@
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tav_jax.models.attention import FRAME_ATTENTION, Attention, BasicTransformerBlock
+from tav_jax.models.attention import FRAME_ATTENTION
 from tav_jax.models.layers import Downsample, GroupNorm, LayerNorm, ResnetBlock
 from tav_jax.models.network import parameter_shapes
+from tav_jax.models.transformer import Attention, BasicTransformerBlock
 from tav_jax.models.unet import Transformer3D, UNet3DConditionModel
 from tav_jax.weights import inflate
 
@@ -112,7 +114,7 @@ def changes(jit):
     """Tells which frames and points a block's output changes at when one point moves."""
     x, context = jax.random.normal(jax.random.key(0), (2, 1, 4, 3, 8))
 
-    run = jit(lambda block, x: block(x, context[:, 0]))
+    run = jit(lambda block, x: block(x, block.attn2.keys_values(context[:, :1])))
 
     def change(scope, frame, point, *, temporal):
         block = BasicTransformerBlock(8, 2, context_dim=8, attention_scope=scope, rngs=nnx.Rngs(0))
@@ -155,7 +157,8 @@ def test_frames_share_statistics_in_residual_blocks_and_not_in_transformers(jit,
         return set(np.flatnonzero(np.any(run(x) != run(louder), axis=(0, 2, 3, 4))))
 
     assert frames_that_change(jit(resnet)) == {0, 1, 2}
-    assert frames_that_change(jit(lambda x: transformer(x, jnp.ones((1, 5, 8))))) == {1}
+    text = transformer.keys_values(jnp.ones((1, 5, 8)))
+    assert frames_that_change(jit(lambda x: transformer(x, text))) == {1}
 
 
 # Variants of the shape
@@ -331,20 +334,51 @@ def test_every_parameter_takes_part(gradients_of):
     assert [name for name, gradient in gradients.items() if not np.any(gradient)] == []
 
 
-def test_gradient_checkpointing_changes_neither_values_nor_gradients(gradients_of):
+@pytest.mark.parametrize("preset", ["blocks", "full"])
+def test_gradient_checkpointing_changes_neither_values_nor_gradients(gradients_of, preset):
     loss, gradients = gradients_of()
-    loss_again, gradients_again = gradients_of(gradient_checkpointing=True)
+    loss_again, gradients_again = gradients_of(gradient_checkpointing=preset)
     assert relative_error(loss_again, loss) < ROUNDING
     largest = max(np.linalg.norm(gradient) for gradient in gradients.values())
     for name, gradient in gradients.items():
         assert np.linalg.norm(gradients_again[name] - gradient) < ROUNDING * largest, name
 
 
-def test_gradient_checkpointing_wraps_each_residual_block_and_transformer(tiny_unet, inputs):
-    def wrapped(unet):
-        equations = jax.make_jaxpr(unet)(*inputs).eqns
-        return sum(equation.primitive.name in ("checkpoint", "remat2") for equation in equations)
+@pytest.mark.parametrize("preset", ["none", "blocks", "full"])
+def test_gradient_checkpointing_wraps_what_it_names(tiny_unet, inputs, preset):
+    def wrapped(jaxpr):
+        """Counts checkpoints by how deep they lie in others."""
+        depths = Counter()
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in ("checkpoint", "remat2"):
+                depths[0] += 1
+                inside = wrapped(equation.params["jaxpr"])
+                depths += Counter({depth + 1: count for depth, count in inside.items()})
+        return depths
 
-    blocks = modules_of(tiny_unet.config, (ResnetBlock, Transformer3D))
-    assert wrapped(tiny_unet.with_config(gradient_checkpointing=True)) == len(blocks)
-    assert wrapped(tiny_unet) == 0
+    unet = tiny_unet.with_config(gradient_checkpointing=preset)
+    blocks = len(modules_of(unet.config, (ResnetBlock, Transformer3D)))
+    parts = 4 * len(modules_of(unet.config, BasicTransformerBlock))
+    expected = {"none": {}, "blocks": {0: blocks}, "full": {0: blocks, 1: parts}}
+    assert wrapped(jax.make_jaxpr(unet)(*inputs).jaxpr) == expected[preset]
+
+
+def test_a_text_may_be_given_as_its_keys_and_values(tiny_unet, call, inputs, jit):
+    latents, timesteps, context = inputs
+    text = jit(lambda unet, context: unet.bind().text_keys_values(context))(tiny_unet, context)
+    ours = call(tiny_unet, latents, timesteps, text)
+    assert relative_error(ours, call(tiny_unet, *inputs)) < ROUNDING
+
+
+def test_the_keys_and_values_of_a_text_are_made_once_for_all_frames(tiny_unet, inputs):
+    # Every product with a text state (5 tokens of width 8) has one row a token, not one a frame.
+    def products(jaxpr):
+        for equation in equations(jaxpr):
+            if equation.primitive.name == "dot_general":
+                shape = equation.invars[0].aval.shape
+                if shape[-2:] == (5, 8):
+                    yield math.prod(shape[:-2])
+
+    counts = list(products(jax.make_jaxpr(tiny_unet)(*inputs).jaxpr))
+    transformers = len(modules_of(tiny_unet.config, Transformer3D))
+    assert counts == [2] * 2 * transformers  # two clips; keys and values

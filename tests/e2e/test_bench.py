@@ -1,0 +1,107 @@
+"""`python -m tav_jax.bench`: what it prints, and that its figures are of what they say."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from tav_jax import bench
+from tav_jax.workload import make_programs, random_networks
+
+TINY = ["--network", "small", "--frames", "2", "--size", "32", "--repeats", "1"]
+PROMISED = {"tune_step_ms", "guided_step_ms", "inversion_step_ms", "compile_s", "peak_bytes"}
+
+
+def figures(capsys, *arguments):
+    assert bench.main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_models_folder_is_measured_and_printed_as_json_alone(capsys):
+    row = figures(
+        capsys, "--model", "tiny-scenes", "--frames", "2", "--size", "16", "--repeats", "1"
+    )
+    assert row.keys() >= PROMISED
+    assert all(row[name] > 0 for name in PROMISED)
+    assert (row["network"], row["frames"], row["width"]) == ("tiny-scenes", 2, 16)
+    assert set(row["attention"].values()) == {"einsum"}
+    assert row["gradient_checkpointing"] == "none"
+
+
+def test_every_combination_has_a_row_and_a_point_in_the_plot(capsys, tmp_path):
+    rows = figures(
+        capsys,
+        *TINY[:2],
+        *["--frames", "1,2", "--size", "32", "--repeats", "1", "--programs", "inversion_step"],
+        *["--attention-scope", "sparse_causal,full", "--plot", str(tmp_path / "plot.png")],
+    )
+    assert [(row["frames"], row["attention_scope"]) for row in rows] == [
+        (1, "sparse_causal"),
+        (1, "full"),
+        (2, "sparse_causal"),
+        (2, "full"),
+    ]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_people_get_a_table(capsys):
+    assert bench.main([*TINY, "--programs", "decode"]) == 0
+    said = capsys.readouterr().out
+    assert "2 frames of 32x32, sparse_causal" in said
+    assert "planned GB" in said
+    assert "decode" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "36"], r"--size \[36\]: this model takes multiples of 8"),
+        (["--repeats", "0"], "--repeats 0: expected 1 or more"),
+        (["--model", "no-such-model"], "no folder 'no-such-model'"),
+        (["--aot", "v9x:7"], "--aot v9x:7: "),
+    ],
+)
+def test_mistakes_end_in_a_line(capsys, monkeypatch, arguments, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert bench.main(arguments) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_more_frames_cost_in_proportion_or_squared():
+    def flops(frames, scope):
+        networks = random_networks("small", "float32", only_shapes=True)
+        networks = networks.with_unet_config(attention_scope=scope)
+        programs = make_programs(networks, frames=frames, height=256, width=256)
+        return programs["inversion_step"].flops()
+
+    # What one more frame adds: the same each time, and one part that grows with the frames.
+    four, eight, twelve = (flops(frames, "sparse_causal") for frames in (4, 8, 12))
+    assert twelve - eight == pytest.approx(eight - four, rel=0.01)
+    four, eight, twelve = (flops(frames, "full") for frames in (4, 8, 12))
+    assert twelve - eight > 1.2 * (eight - four)
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs pip install '.[tpu]'")
+def test_the_tuning_step_compiles_for_a_tpu_that_is_not_here(tmp_path):
+    # In a process of its own, in which libtpu may be loaded.
+    command = [sys.executable, "-m", "tav_jax.bench", "--aot", "v5e:2x2", "--json"]
+    # 32x32 latents, so that the finest level has enough tokens for the kernel.
+    command += ["--network", "small", "--frames", "2", "--size", "256"]
+    command += ["--programs", "inversion_step", "--gradient-checkpointing", "full"]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert row["attention"]["32x32"] == "fused"
+    assert row["attention"]["16x16"] == "einsum"
+    assert 10e6 < row["inversion_step_planned_bytes"] < 2e9
