@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets everything up and runs all checks and tests, on any machine with Python 3.11 or newer:
-# under ten minutes on two CPU cores.
+# under fifteen minutes on two CPU cores.
 #   bash launch/test.sh
 # Tests against PyTorch run if it is installed in .venv (`.venv/bin/pip install '.[interop]'`).
 set -euo pipefail

@@ -164,6 +164,7 @@ def topology_mesh(topology: str, chips: int) -> jax.sharding.Mesh:
     # No TPU is asked for its neighbours, and other processes may compile at the same time.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     try:

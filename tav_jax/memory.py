@@ -1,5 +1,6 @@
 """Device memory as a promise: what a program will take, what there is, and what would fit."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -23,17 +24,20 @@ class Size(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A compiled program and the bytes it needs, its arguments included; None if none fits."""
+    """A compiled program, or None where the compiler refuses it, and the bytes it needs.
+
+    Args:
+        fixed: Those of them that no smaller clip would save: of the arguments.
+    """
 
     program: Any
     bytes: float
+    fixed: float = 0.0
 
 
 def planned_bytes(program: jax.stages.Compiled) -> int:
     """Returns the bytes that the compiler plans on each device: arguments, results, the rest."""
-    memory = program.memory_analysis()
-    if memory is None:
-        raise ValueError("memory: this compiler does not say what a program needs")
+    memory = _analysis(program)
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -41,6 +45,13 @@ def planned_bytes(program: jax.stages.Compiled) -> int:
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
+
+
+def _analysis(program: jax.stages.Compiled) -> Any:
+    memory = program.memory_analysis()
+    if memory is None:
+        raise ValueError("memory: this compiler does not say what a program needs")
+    return memory
 
 
 def device_bytes() -> int:
@@ -59,7 +70,8 @@ def compile_plan(compile: Callable[[], jax.stages.Compiled]) -> Plan:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return Plan(None, float("inf"))
-    return Plan(program, planned_bytes(program))
+    fixed = float(_analysis(program).argument_size_in_bytes)
+    return Plan(program, float(planned_bytes(program)), fixed)
 
 
 def fitting_preset(
@@ -103,18 +115,23 @@ def _what_fits(
             yield f"gradient_checkpointing={preset}"
             return
     thriftiest = PRESETS[-1]
-    frames = {size.frames * n // 8 for n in range(1, 8)} - {0, size.frames}
-    for fewer in sorted(frames, reverse=True):
-        if plan(thriftiest, size._replace(frames=fewer)).bytes <= limit:
-            yield f"gradient_checkpointing={thriftiest} train_data.n_sample_frames={fewer}"
-            break
-    for n in range(7, 0, -1):
-        height, width = (side * n // 8 // SIDE_STEP * SIDE_STEP for side in size[1:])
-        if not height or not width:
-            return
-        if plan(thriftiest, size._replace(height=height, width=width)).bytes <= limit:
-            yield (
-                f"gradient_checkpointing={thriftiest} train_data.width={width} "
-                f"train_data.height={height}"
-            )
-            return
+    least = plan(thriftiest, size)
+    # Memory grows about evenly with the number of pixels; where a plan says otherwise, try less.
+    share = 0.5 if least.program is None else (limit - least.fixed) / (least.bytes - least.fixed)
+    if share <= 0:
+        return
+    shares = share, 0.8 * share, 0.5 * share
+    fewer = [size._replace(frames=int(size.frames * share)) for share in shares]
+    sides = [
+        [int(side * math.sqrt(share)) // SIDE_STEP * SIDE_STEP for side in size[1:]]
+        for share in shares
+    ]
+    smaller = [Size(size.frames, *each) for each in sides]
+    for sizes, keys in (
+        (fewer, "n_sample_frames={0}"),
+        (smaller, "height={1} train_data.width={2}"),
+    ):
+        for tried in sizes:
+            if all(tried) and plan(thriftiest, tried).bytes <= limit:
+                yield f"gradient_checkpointing={thriftiest} train_data.{keys.format(*tried)}"
+                break

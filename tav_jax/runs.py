@@ -81,6 +81,9 @@ def claim_folder(config: TuneConfig) -> RunFolder:
         raise ValueError(
             f"output_dir: {run.folder} exists and is no run of tav_jax.tune; name another"
         )
+    nearest = next(path for path in (run.folder, *run.folder.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"output_dir: nothing can be written in {nearest}; name another")
     return run
 
 

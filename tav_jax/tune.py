@@ -96,16 +96,7 @@ def tune(config: TuneConfig) -> None:
             f"resume_from_checkpoint: {config.resume_from_checkpoint} has step {start} already; "
             f"max_train_steps is {end}, set it higher"
         )
-    record_config(run, config)
-    if start and is_validated(config, start):
-        # A run that was stopped between a checkpoint and its samples still owes them.
-        validate(run, config, model.with_unet(state.unet), start, frames, stages)
-    if start >= end:
-        say(f"{run.folder}: done, {start} of {end} steps")
-        return
-
-    keep_metrics(run.metrics, start)
-    with run.metrics.open("a", buffering=1) as metrics_file:
+    if start < end:
         with stages("encode"):
             moments = encode_frames(model, frames)
             context = encode_prompts(model, [config.train_data.prompt])
@@ -118,18 +109,25 @@ def tune(config: TuneConfig) -> None:
         model = replace(
             model, vae=jax.device_get(model.vae), text_encoder=jax.device_get(model.text_encoder)
         )
+        step_fn = compile_train_step(
+            model.vae.config.scaling_factor,
+            optimizer=optimizer,
+            labels=labels,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+        )
+        inputs = moments, context, model.schedule
         with stages("compile"):
-            step_fn, state = compile_step(
-                config,
-                compile_train_step(
-                    model.vae.config.scaling_factor,
-                    optimizer=optimizer,
-                    labels=labels,
-                    gradient_accumulation_steps=config.gradient_accumulation_steps,
-                ),
-                state,
-                (moments, context, model.schedule),
-            )
+            program, state = fitting_program(config, step_fn, state, inputs)
+    record_config(run, config)
+    if start and is_validated(config, start):
+        # A run that was stopped between a checkpoint and its samples still owes them.
+        validate(run, config, model.with_unet(state.unet), start, frames, stages)
+    if start >= end:
+        say(f"{run.folder}: done, {start} of {end} steps")
+        return
+
+    keep_metrics(run.metrics, start)
+    with run.metrics.open("a", buffering=1) as metrics_file:
         fingerprint = jax.jit(fingerprints)
         before = fingerprint(state.unet.params)
         check_at = min(start + STEPS_BEFORE_CHECK, end)
@@ -144,7 +142,7 @@ def tune(config: TuneConfig) -> None:
             desc="tuning", initial=start, total=end, mininterval=interval, miniters=1
         ) as progress:
             for step in range(start + 1, end + 1):
-                state, metrics = step_fn(state, moments, context, model.schedule)
+                state, metrics = program(state, *inputs)
                 unseen.append(metrics | {"step": step, "lr": float(learning_rate(step - 1))})
                 checkpointed = step == end or step % config.checkpointing_steps == 0
                 pause = step == check_at or checkpointed or is_validated(config, step)
@@ -170,7 +168,7 @@ def tune(config: TuneConfig) -> None:
                 began = time.perf_counter()
 
 
-def compile_step(
+def fitting_program(
     config: TuneConfig, step: Any, state: TrainState, inputs: tuple[Moments, Context, Any]
 ) -> tuple[Callable, TrainState]:
     """Returns the compiled step, and the state as it takes it, under a preset that fits.

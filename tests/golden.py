@@ -151,7 +151,10 @@ def unet3d(golden: GoldenSet, name: str) -> Iterator[Row]:
 def schedule(golden: GoldenSet) -> Iterator[Row]:
     case, ours = golden.case("schedule"), golden.base.schedule
     yield compare("schedule.alphas_cumprod", ours.alphas_cumprod, case["alphas_cumprod"], SINGLE)
-    inputs = channels_last(case["x0"]), channels_last(case["noise"]), case["timesteps"]
+    inputs = [
+        jnp.asarray(x)
+        for x in (channels_last(case["x0"]), channels_last(case["noise"]), case["timesteps"])
+    ]
     for name, function in (("add_noise", add_noise), ("velocity", velocity)):
         out = channels_first(function(ours, *inputs))
         yield compare(f"schedule.{name}", out, case[name], SINGLE)

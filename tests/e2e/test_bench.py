@@ -86,7 +86,7 @@ def test_more_frames_cost_in_proportion_or_squared():
 
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs pip install '.[tpu]'")
-def test_the_tuning_step_compiles_for_a_tpu_that_is_not_here(tmp_path):
+def test_a_step_compiles_for_a_tpu_that_is_not_here():
     # In a process of its own, in which libtpu may be loaded.
     command = [sys.executable, "-m", "tav_jax.bench", "--aot", "v5e:2x2", "--json"]
     # 32x32 latents, so that the finest level has enough tokens for the kernel.

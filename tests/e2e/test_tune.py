@@ -116,6 +116,43 @@ def test_a_step_has_a_line_of_metrics(finished_run):
         assert line["seconds"] >= 0
 
 
+def test_a_run_says_where_its_time_went(finished_run):
+    lines = [line for line in read_lines(finished_run.folder) if "stage" in line]
+    assert [list(line) for line in lines] == [["step", "stage", "seconds"]] * len(lines)
+    stages = {(line["step"], line["stage"]): line["seconds"] for line in lines}
+    assert len(stages) == len(lines)
+    # Written where the loop pauses: the check of movement and a checkpoint at 3, samples at 4,
+    # both at 6.
+    samples = {"invert", "sample", "decode", "write"}
+    assert set(stages) == (
+        {(3, name) for name in ("read", "load", "encode", "compile", "tune", "checkpoint")}
+        | {(4, name) for name in samples | {"tune"}}
+        | {(6, name) for name in samples | {"tune", "checkpoint"}}
+    )
+    steps = sum(line["seconds"] for line in read_metrics(finished_run.folder))
+    tuning = sum(seconds for (_, name), seconds in stages.items() if name == "tune")
+    assert tuning == pytest.approx(steps, rel=0.05, abs=0.01)
+
+
+def test_a_clip_too_large_for_memory_is_refused_before_a_step_with_what_would_fit(
+    write_config, cli, tmp_path
+):
+    limits = "memory_limit_gb=0.0001", "gradient_checkpointing=full"
+    ran = cli(tune, "--config", write_config(), *limits)
+    assert ran.status == 1
+    assert "memory: 4 frames of 32x32 with gradient_checkpointing=full need 0.0 GB" in ran.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_under_another_preset_and_another_attention(write_config, cli, tmp_path):
+    assert cli(tune, "--config", write_config(max_train_steps=3)).status == 0
+    changes = {"gradient_checkpointing": "full", "attention": "chunked", "memory_limit_gb": 8}
+    path = write_config(max_train_steps=3, **changes)
+    ran = cli(tune, "--config", path)
+    assert ran.status == 0
+    assert "done, 3 of 3 steps" in ran.out
+
+
 def test_the_inverted_clip_is_float32_noise_of_the_clips_shape(finished_run):
     for step in (4, 6):
         latents = np.load(finished_run.folder / f"inv_latents/ddim_latent-{step}.npy")
@@ -522,7 +559,11 @@ WRONG_INPUT = [
         ["output_dir={tmp}/used"], ["used exists and is no run of tav_jax.tune"], id="folder"
     ),
     pytest.param(["output_dir={tmp}/notes.mp4"], ["notes.mp4 exists and is no run"], id="a file"),
-    pytest.param(["output_dir={tmp}/notes.mp4/run"], ["notes.mp4"], id="a file on the way"),
+    pytest.param(
+        ["output_dir={tmp}/notes.mp4/run"],
+        ["nothing can be written in", "notes.mp4"],
+        id="a file on the way",
+    ),
     pytest.param(
         ["resume_from_checkpoint={tmp}/used"],
         ["used: no checkpoint of ours; expected a folder checkpoints/<step>"],

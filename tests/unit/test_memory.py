@@ -35,14 +35,33 @@ def test_a_preset_that_does_not_fit_is_refused_with_one_that_does():
 
 
 def test_a_clip_that_does_not_fit_is_refused_with_the_frames_and_sides_that_do():
-    # Half the memory: 4 frames, or 5/8 of each side (6/8 squared is 0.56 of the pixels).
+    # Half the memory: 4 frames, or 5/8 of each side, the next multiple of 64 below 512 / sqrt(2).
     with pytest.raises(ValueError, match=r"memory: 8 frames of 512x512") as refused:
         fitting_preset(plan, None, SIZE, CLIP / 2)
     fits = str(refused.value).split("what fits: ")[1]
     assert fits == (
         "gradient_checkpointing=full train_data.n_sample_frames=4, or "
-        "gradient_checkpointing=full train_data.width=320 train_data.height=320"
+        "gradient_checkpointing=full train_data.height=320 train_data.width=320"
     )
+
+
+def test_what_does_not_shrink_with_the_clip_is_not_hoped_to():
+    def mostly_parameters(preset, size):
+        tried.append(size)
+        return Plan("program", 1e9 + size.frames, 1e9)
+
+    tried = []
+    with pytest.raises(ValueError, match="no smaller clip fits either"):
+        fitting_preset(mostly_parameters, "full", SIZE, 0.9e9)
+    assert set(tried) == {SIZE}
+
+
+def test_where_the_compiler_refuses_smaller_clips_are_tried():
+    def refused_above_three_frames(preset, size):
+        return Plan(None, float("inf")) if size.frames > 3 else Plan("program", 1.0)
+
+    with pytest.raises(ValueError, match=r"need more, .*n_sample_frames=3$"):
+        fitting_preset(refused_above_three_frames, None, SIZE, 10.0)
 
 
 def test_what_nothing_can_fit_into_is_refused_as_such():
