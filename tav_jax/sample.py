@@ -297,22 +297,18 @@ def sample_run(job: Job, *, batch_size: int = 1) -> list[Path]:
     written = []
     if job.wanted:
         _say_if_seeds_do_nothing(job.wanted)
-        stages = Stages()
-        with stages("load"):
-            model = load_tuned(run, config, step)
+        model = load_tuned(run, config, step)
         for path in write_samples(
             model,
             config,
             job.wanted,
             lambda num_inv_steps: inverted_clip(run, config, model, step, num_inv_steps),
             folder,
-            stages,
+            Stages(),
             batch_size=batch_size,
         ):
             say(f"wrote {path}")
             written.append(path)
-        taken = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.taken().items())
-        say(f"seconds: {taken}")
     if written or not has_overview(folder):
         try:
             source = read_clip(config)
