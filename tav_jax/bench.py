@@ -18,7 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from tav_jax.cli import command, say
-from tav_jax.memory import PRESETS, Plan, Size, compile_plan, device_bytes, fitting_preset
+from tav_jax.memory import (
+    PRESETS,
+    Plan,
+    Size,
+    compile_plan,
+    device_bytes,
+    fitting_preset,
+    planned_bytes,
+)
 from tav_jax.models.attention import AttentionImplementation, AttentionScope
 from tav_jax.models.unet import chosen_attention
 from tav_jax.workload import (
@@ -103,7 +111,6 @@ def measure(
         "width": size.width,
         "attention_scope": setting.attention_scope,
     }
-    compiled: dict[str, jax.stages.Compiled] = {}
     factor = networks.vae.config.downsampling
     preset = setting.gradient_checkpointing
     networks = networks.with_unet_config(attention_scope=setting.attention_scope)
@@ -115,15 +122,16 @@ def measure(
         under = networks.with_unet_config(gradient_checkpointing=preset)
         return make_programs(under, **size._asdict(), sharding=sharding)
 
+    def plan(preset: str, size: Size) -> Plan:
+        return compile_plan(programs(preset, size)["tune_step"].compile)
+
+    # Only gradients keep anything, so only the tuning step has a preset.
+    others = programs("none", size)
     compile_seconds = {}
     for name in names:
         began = time.perf_counter()
         if name == "tune_step":
-
-            def plan(preset: Any, size: Size) -> Plan:
-                return compile_plan(programs(preset, size)["tune_step"].compile)
-
-            preset, compiled[name] = fitting_preset(
+            preset, compiled = fitting_preset(
                 plan,
                 None if preset == "auto" else preset,  # type: ignore[arg-type]
                 size,
@@ -131,19 +139,19 @@ def measure(
                 float(device_bytes()) if sharding is None else float("inf"),
             )
             figures["gradient_checkpointing"] = preset
+            program = programs(preset, size)[name]
         else:
-            compiled[name] = programs("none", size)[name].compile()
+            program = others[name]
+            compiled = program.compile()
         compile_seconds[name] = round(time.perf_counter() - began, 3)
-        # Only gradients keep anything, so only the tuning step has a preset.
-        program = programs(preset if name == "tune_step" else "none", size)[name]
-        planned = compile_plan(lambda name=name: compiled[name]).bytes  # type: ignore[misc]
-        figures[f"{name}_planned_bytes"] = int(planned)
+        figures[f"{name}_planned_bytes"] = planned_bytes(compiled)
         flops = program.flops()
         figures[f"{name}_tflop"] = round(flops / 1e12, 4)
         if sharding is None:
-            took = time_program(program, compiled.pop(name), repeats)
+            took = time_program(program, compiled, repeats)
             figures[f"{name}_ms"] = round(1000 * took, 3)
             figures[f"{name}_tflops"] = round(flops / took / 1e12, 4)
+        del compiled  # or its memory on the device would count with the next one's
     figures["compile_s"] = round(sum(compile_seconds.values()), 3)
     figures["compile_s_each"] = compile_seconds
     figures["planned_bytes"] = max(figures[f"{name}_planned_bytes"] for name in names)

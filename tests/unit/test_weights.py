@@ -18,6 +18,7 @@ from tav_jax.models.network import parameter_shapes
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import AutoencoderKL
 from tav_jax.published_config import read_text_config, read_unet_config, read_vae_config
+from tav_jax.v1_4 import CONFIGS
 from tav_jax.weights import (
     TEMPORAL,
     choose_weights,
@@ -37,57 +38,6 @@ TESTS = Path(__file__).parents[1]
 GOLDEN = TESTS / "golden"
 STEM = "diffusion_pytorch_model"
 
-V1_4 = {
-    "unet": {
-        "_class_name": "UNet2DConditionModel",
-        "_diffusers_version": "0.2.2",
-        "act_fn": "silu",
-        "attention_head_dim": 8,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "center_input_sample": False,
-        "cross_attention_dim": 768,
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "in_channels": 4,
-        "layers_per_block": 2,
-        "mid_block_scale_factor": 1,
-        "norm_eps": 1e-05,
-        "norm_num_groups": 32,
-        "out_channels": 4,
-        "sample_size": 64,
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    },
-    "vae": {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": "0.2.2",
-        "act_fn": "silu",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "in_channels": 3,
-        "latent_channels": 4,
-        "layers_per_block": 2,
-        "norm_num_groups": 32,
-        "out_channels": 3,
-        "sample_size": 512,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    },
-    "text_encoder": {
-        "architectures": ["CLIPTextModel"],
-        "hidden_act": "quick_gelu",
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "layer_norm_eps": 1e-05,
-        "max_position_embeddings": 77,
-        "model_type": "clip_text_model",
-        "num_attention_heads": 12,
-        "num_hidden_layers": 12,
-        "projection_dim": 768,
-        "torch_dtype": "float32",
-        "vocab_size": 49408,
-    },
-}
 NETWORKS = {
     "unet": (UNet3DConditionModel, read_unet_config),
     "vae": (AutoencoderKL, read_vae_config),
@@ -205,7 +155,7 @@ def test_every_tensor_of_v1_4_is_exactly_one_parameter(part):
     module_class, read_config = NETWORKS[part]
     shapes = {
         name: leaf.shape
-        for name, leaf in parameter_shapes(module_class, read_config(V1_4[part])).items()
+        for name, leaf in parameter_shapes(module_class, read_config(CONFIGS[part])).items()
         if not in_modules(name, TEMPORAL)
     }
     # `broadcast_to` makes tensors of the true shapes that hold no memory.
@@ -220,7 +170,7 @@ def test_every_tensor_of_v1_4_is_exactly_one_parameter(part):
 
 
 def test_the_3d_network_of_v1_4_trains_74_million_parameters():
-    shapes = parameter_shapes(UNet3DConditionModel, read_unet_config(V1_4["unet"]))
+    shapes = parameter_shapes(UNet3DConditionModel, read_unet_config(CONFIGS["unet"]))
     temporal = {name for name in shapes if in_modules(name, TEMPORAL)}
     blocks = {name.split(".transformer_blocks.0.")[0] for name in temporal}
     assert len(blocks) == 16
