@@ -12,5 +12,4 @@ python3 -m venv .venv
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/python tests/golden.py tests/golden
-.venv/bin/python -m pytest -n 2 -m 'not alone' tests
-.venv/bin/python -m pytest -m alone tests
+.venv/bin/python -m pytest -n 2 tests

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from tav_jax.cli import command, say
 from tav_jax.config import parse, read_tree
+from tav_jax.files import written_whole
 from tav_jax.models.attention import AttentionScope
 from tav_jax.partition import TRAINABLE_MODULES, label_params, make_optimizer
 from tav_jax.pipeline import (
@@ -36,7 +37,6 @@ from tav_jax.pipeline import (
     random_latents,
     sample_latents,
 )
-from tav_jax.runs import written_whole
 from tav_jax.sampling import Sampler
 from tav_jax.scenes.drawing import render
 from tav_jax.scenes.edits import Edit, edits_of, source_prompt

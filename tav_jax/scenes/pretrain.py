@@ -28,11 +28,12 @@ from tav_jax import published_config
 from tav_jax.checkpointing import latest_step, restore_item, save_items
 from tav_jax.cli import command, say
 from tav_jax.config import override, parse
+from tav_jax.files import written_whole
 from tav_jax.models.clip import CLIPTextModel
 from tav_jax.models.network import Network, init_network
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import AutoencoderKL, sample_posterior
-from tav_jax.runs import keep_metrics, written_whole
+from tav_jax.runs import keep_metrics
 from tav_jax.scenes.drawing import cover, place, render_batch
 from tav_jax.scenes.recipe import (
     UNET,

@@ -1,15 +1,15 @@
 """What `tiny-scenes` is made of: its networks' shapes, its tokenizer, the training's numbers."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer
 
 from tav_jax.models.clip import CLIPTextConfig
@@ -114,21 +114,31 @@ def scheduler_config(recipe: Recipe) -> dict[str, Any]:
     return SCHEDULER | {"prediction_type": recipe.prediction_type}
 
 
+def byte_pair_merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns the merges that make each word one token: the most frequent pair first, and again.
+
+    Of equally frequent ones the first in the alphabet. The tokenizers library takes any of them,
+    another one each time, and then a training that goes on would spell other words than it began
+    with.
+    """
+    merges: list[tuple[str, str]] = []
+    spelt = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    while pairs := Counter(pair for parts in spelt for pair in pairwise(parts)):
+        left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append((left, right))
+        for parts in spelt:
+            for i in range(len(parts) - 1):
+                if parts[i : i + 2] == [left, right]:
+                    parts[i : i + 2] = [left + right]
+    return merges
+
+
 def write_tokenizer(folder: Path) -> CLIPTokenizer:
     """Returns a byte-pair tokenizer, saved in CLIP's files, whose tokens are the world's words.
 
     Any other text is spelt out in its bytes.
     """
-    trainer = BpeTrainer(
-        vocab_size=10_000,  # more than there are: every word becomes one token
-        min_frequency=1,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    bpe.train_from_iterator(WORDS, trainer)
-    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
-
+    merges = byte_pair_merges(WORDS)
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
     tokens += ["".join(merge) for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]

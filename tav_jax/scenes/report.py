@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 
-from tav_jax.runs import written_whole
+from tav_jax.files import written_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -55,7 +55,6 @@ def test_a_word_of_the_world_is_one_token_and_any_other_text_is_read(trained):
         assert decoded.strip() == text.lower().strip()
 
 
-@pytest.mark.alone
 def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(trained, tmp_path):
     stopped = tmp_path / "stopped"
     shutil.copytree(trained, stopped)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from tav_jax.scenes.drawing import place, render, render_batch, truth
 from tav_jax.scenes.reader import read_frame
+from tav_jax.scenes.recipe import byte_pair_merges
 from tav_jax.scenes.world import (
     BACKGROUNDS,
     CLIPS,
@@ -291,3 +292,10 @@ def test_clips_stay_inside_and_are_read_in_every_frame(clip):
 def test_a_size_that_pixel_art_cannot_have_is_refused():
     with pytest.raises(ValueError, match="multiple of 16"):
         render(Scene("circle", "red", "grass", "pixel art"), 1, size=40)
+
+
+def test_words_are_merged_in_one_order_however_they_come():
+    merges = byte_pair_merges(WORDS)
+    assert byte_pair_merges(WORDS[::-1]) == merges
+    assert {"".join(pair) for pair in merges} >= {f"{w}</w>" for w in WORDS if len(w) > 1}
+    assert byte_pair_merges(["ab", "ac", "bd"]) == [("a", "b</w>"), ("a", "c</w>"), ("b", "d</w>")]
