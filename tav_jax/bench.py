@@ -2,22 +2,25 @@
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 
 from tav_jax.cli import command, say
+from tav_jax.collectives import collective_bytes
+from tav_jax.config import parse_mesh
 from tav_jax.memory import (
     PRESETS,
     Plan,
@@ -29,6 +32,7 @@ from tav_jax.memory import (
 )
 from tav_jax.models.attention import AttentionImplementation, AttentionScope
 from tav_jax.models.unet import chosen_attention
+from tav_jax.sharding import make_mesh, on_mesh
 from tav_jax.workload import (
     NETWORKS,
     Networks,
@@ -94,12 +98,12 @@ def measure(
     names: Sequence[str],
     *,
     repeats: int,
-    sharding: jax.sharding.Sharding | None = None,
+    absent: Mesh | None = None,
 ) -> dict[str, Any]:
     """Returns the figures of one setting, by the names that `--json` prints.
 
     Args:
-        sharding: Of a device that is not here: programs are compiled for it and not run.
+        absent: Devices that are not here: programs are compiled for them and not run.
 
     Raises:
         ValueError: no preset of gradient checkpointing fits; says what would.
@@ -120,7 +124,7 @@ def measure(
 
     def programs(preset: str, size: Size) -> dict[str, Program]:
         under = networks.with_unet_config(gradient_checkpointing=preset)
-        return make_programs(under, **size._asdict(), sharding=sharding)
+        return make_programs(under, **size._asdict(), mesh=absent)
 
     def plan(preset: str, size: Size) -> Plan:
         return compile_plan(programs(preset, size)["tune_step"].compile)
@@ -136,7 +140,7 @@ def measure(
                 None if preset == "auto" else preset,  # type: ignore[arg-type]
                 size,
                 # The compiler of a device that is not here knows its memory, and refuses by itself.
-                float(device_bytes()) if sharding is None else float("inf"),
+                float(device_bytes()) if absent is None else float("inf"),
             )
             figures["gradient_checkpointing"] = preset
             program = programs(preset, size)[name]
@@ -145,9 +149,11 @@ def measure(
             compiled = program.compile()
         compile_seconds[name] = round(time.perf_counter() - began, 3)
         figures[f"{name}_planned_bytes"] = planned_bytes(compiled)
+        if sent := collective_bytes(compiled):
+            figures[f"{name}_collective_bytes"] = sent
         flops = program.flops()
         figures[f"{name}_tflop"] = round(flops / 1e12, 4)
-        if sharding is None:
+        if absent is None:
             took = time_program(program, compiled, repeats)
             figures[f"{name}_ms"] = round(1000 * took, 3)
             figures[f"{name}_tflops"] = round(flops / took / 1e12, 4)
@@ -155,12 +161,12 @@ def measure(
     figures["compile_s"] = round(sum(compile_seconds.values()), 3)
     figures["compile_s_each"] = compile_seconds
     figures["planned_bytes"] = max(figures[f"{name}_planned_bytes"] for name in names)
-    if sharding is None:
+    if absent is None:
         figures["peak_bytes"] = used_bytes()
     return figures
 
 
-def topology_mesh(topology: str, chips: int) -> jax.sharding.Mesh:
+def topology_devices(topology: str, chips: int) -> list[jax.Device]:
     """Returns the first chips of a TPU slice that is not here, to compile for.
 
     Args:
@@ -185,7 +191,7 @@ def topology_mesh(topology: str, chips: int) -> jax.sharding.Mesh:
     devices = slice_.devices
     if not 1 <= chips <= len(devices):
         raise ValueError(f"--chips {chips}: {topology} has {len(devices)}")
-    return jax.sharding.Mesh(np.array(devices[:chips]), ("chips",))
+    return devices[:chips]
 
 
 def table(rows: Sequence[dict[str, Any]], names: Sequence[str], rate: float | None) -> str:
@@ -210,6 +216,14 @@ def table(rows: Sequence[dict[str, Any]], names: Sequence[str], rate: float | No
                 f"{row[f'{name}_tflop']:9.3f} {'-' if speed is None else speed:>9} {share:>10} "
                 f"{row[f'{name}_planned_bytes'] / 1e9:11.2f}"
             )
+        sent = {
+            name: row[f"{name}_collective_bytes"]
+            for name in names
+            if f"{name}_collective_bytes" in row
+        }
+        for name, kinds in sent.items():
+            each = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in sorted(kinds.items()))
+            lines.append(f"  {name:15} MB from other devices: {each}")
         if "peak_bytes" in row:
             lines.append(f"  peak so far {row['peak_bytes'] / 1e9:.2f} GB")
     return "\n".join(lines)
@@ -311,24 +325,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw milliseconds against frames")
     parser.add_argument("--aot", metavar="SLICE", help="compile for a TPU slice, as in v5e:2x2")
     parser.add_argument("--chips", type=int, default=1, metavar="N", help="of that slice (1)")
+    parser.add_argument(
+        "--mesh", metavar="AXES", help="as in frames=4,fsdp=2; one device, with --aot its chips"
+    )
     return parser
 
 
-def _rows(args: argparse.Namespace, networks: Networks, sharding: Any) -> Iterator[dict[str, Any]]:
+def _rows(
+    args: argparse.Namespace, networks: Networks, absent: Mesh | None
+) -> Iterator[dict[str, Any]]:
     for size, frames, scope, preset in product(
         args.size, args.frames, args.attention_scope, args.gradient_checkpointing
     ):
         setting = Setting(Size(frames, size, size), scope, preset)
         if not args.json:
             say(f"{setting.size}, {scope}, gradient_checkpointing {preset} ...")
-        yield measure(networks, setting, args.programs, repeats=args.repeats, sharding=sharding)
+        yield measure(networks, setting, args.programs, repeats=args.repeats, absent=absent)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    mesh = topology_mesh(args.aot, args.chips) if args.aot else None
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()) if mesh else None
+    devices = topology_devices(args.aot, args.chips) if args.aot else None
+    sizes = parse_mesh(args.mesh or ("frames=-1" if args.aot else "frames=1"))
+    mesh = make_mesh(asdict(sizes), frames=math.gcd(*args.frames), devices=devices)
+    absent = mesh if args.aot else None
     platform = "tpu" if args.aot else jax.default_backend()
     small = platform == "cpu"
     args.size = args.size or [256 if small else 512]
@@ -336,22 +357,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = "float32" if precision == "no" else "bfloat16"
     if args.repeats < 1:
         raise ValueError(f"--repeats {args.repeats}: expected 1 or more")
-    if args.plot and sharding is not None:
+    if args.plot and absent:
         raise ValueError("--plot: --aot runs nothing, so there are no times to draw")
     name = args.network or ("small" if small else "v1-4")
     if args.model:
         networks, name = load_networks(args.model, dtype), args.model
     else:
-        networks = random_networks(name, dtype, only_shapes=sharding is not None)
+        networks = random_networks(name, dtype, only_shapes=absent is not None)
     factor = networks.vae.config.downsampling
     if odd := [size for size in args.size if size % factor]:
         raise ValueError(f"--size {odd}: this model takes multiples of {factor}")
     networks = networks.with_unet_config(attention=args.attention)
 
-    with jax.set_mesh(mesh) if mesh else nullcontext():
-        rows = list(_rows(args, networks, sharding))
-    rate = matrix_rate(dtype) if sharding is None else None
-    device = jax.devices()[0].device_kind if sharding is None else f"{args.aot}, {args.chips} chips"
+    # What is not here says by the mesh in force what it is, one chip too.
+    with jax.set_mesh(mesh) if absent else on_mesh(mesh):
+        rows = list(_rows(args, networks, absent))
+    rate = matrix_rate(dtype) if absent is None else None
+    kind = jax.devices()[0].device_kind if absent is None else args.aot
+    device = f"{kind}, {mesh.size} devices" if mesh.size > 1 else kind
     common = {"network": name, "precision": precision, "device": device, "jax": jax.__version__}
     if rate is not None:
         common["matmul_tflops"] = round(rate / 1e12, 4)

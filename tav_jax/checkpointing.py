@@ -93,9 +93,13 @@ def restore_item(path: Path, item: str, like: Any) -> Any:
             restored = manager.restore(int(path.name), args=args)[item]
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise ValueError(f"{path}: {MISFIT}: {' '.join(str(error).split())[:300]}") from None
-    # Copies of our own, since Orbax's buffers may be shared and the train step donates its state;
-    # and bound to no device, since the first step's would be, which would compile it twice.
-    return jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), restored)
+
+    def own(leaf: jax.Array) -> jax.Array:
+        # Copies, since Orbax's buffers may be shared and the train step donates its state; and on
+        # one device bound to none, since the first step's would be, which would compile it twice.
+        return jnp.copy(leaf) if leaf.sharding.num_devices > 1 else jnp.array(np.asarray(leaf))
+
+    return jax.tree.map(own, restored)
 
 
 def _differences(item: Path, like: Params) -> list[str]:

@@ -11,14 +11,16 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from tav_jax import distributed
 from tav_jax.training import NotLearningError
 
 Main = Callable[[Sequence[str] | None], None]
 
 
 def say(text: str) -> None:
-    """Prints a line without tearing a progress bar."""
-    tqdm.write(text)
+    """Prints a line without tearing a progress bar; of several processes the main one does."""
+    if distributed.is_main():
+        tqdm.write(text)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -60,11 +62,10 @@ def command(main: Main) -> Callable[..., int]:
 
     0: done. 1: something that the user can mend, said without a traceback (TAV_JAX_TRACEBACK=1
     brings it back). 130: interrupted. Any other exception is a fault of ours and ends in its
-    traceback.
+    traceback. Of several processes none waits for one that has ended so.
     """
 
-    @functools.wraps(main)
-    def run(argv: Sequence[str] | None = None) -> int:
+    def run(argv: Sequence[str] | None) -> int:
         keep_compiled_programs()
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
@@ -81,4 +82,8 @@ def command(main: Main) -> Callable[..., int]:
                 return 130
             return 0
 
-    return run
+    @functools.wraps(main)
+    def run_together(argv: Sequence[str] | None = None) -> int:
+        return distributed.ending_together(lambda: run(argv))
+
+    return run_together

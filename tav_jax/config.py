@@ -48,7 +48,10 @@ Checkpointing = Annotated[
 ]
 
 # Keys that change how a run is computed and not what: it may go on with others.
-HOW_KEYS = ("attention", "gradient_checkpointing", "memory_limit_gb")
+HOW_KEYS = (
+    *("attention", "gradient_checkpointing", "memory_limit_gb"),
+    *("mesh.data", "mesh.frames", "mesh.fsdp"),
+)
 
 
 @dataclass(frozen=True, config=_strict)
@@ -101,6 +104,24 @@ class ValidationData:
     fps: PositiveFloat = 8.0
 
 
+AxisSize = PositiveInt | Literal[-1]
+
+
+@dataclass(frozen=True, config=_strict)
+class MeshSizes:
+    """How many devices lie along each axis; one may be -1, "all the rest".
+
+    Args:
+        data: Prompts and seeds of a batch of samples, draws of a training batch.
+        frames: The clip's frames, with `fsdp` together; they must divide evenly.
+        fsdp: Frames too, and large parameters are stored in so many parts.
+    """
+
+    data: AxisSize = 1
+    frames: AxisSize = -1
+    fsdp: AxisSize = 1
+
+
 @dataclass(frozen=True, config=_strict)
 class TuneConfig:
     """One tuning run, with the original's names and defaults.
@@ -119,6 +140,7 @@ class TuneConfig:
         gradient_checkpointing: What is kept for the backward pass: all ("none"), inputs of
             "blocks", or fewer still ("full"); "auto" takes the first that fits.
         memory_limit_gb: Of device memory, in 10^9 bytes; by default all that JAX may use.
+        mesh: How the work is spread over devices.
         revision, variant: Of a model on the Hub, of its weight files.
     """
 
@@ -151,6 +173,7 @@ class TuneConfig:
     mixed_precision: Precision = "no"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # what a key can be made of
     attention_scope: AttentionScope = "sparse_causal"
+    mesh: MeshSizes = Field(default_factory=MeshSizes)
     revision: str | None = None
     variant: str | None = None
 
@@ -239,6 +262,11 @@ def parse(settings: type[T], tree: dict[str, Any], where: str) -> T:
         known = list(_known_keys(settings))
         lines = [f"  {_explain(problem, known)}" for problem in error.errors()]
         raise ValueError(f"{where}:\n" + "\n".join(sorted(lines))) from None
+
+
+def parse_mesh(text: str) -> MeshSizes:
+    """Returns sizes from `data=1,frames=4`; raises as `load_config` does."""
+    return parse(MeshSizes, override({}, text.split(",")), "--mesh")
 
 
 def with_absolute_paths(config: TuneConfig) -> TuneConfig:

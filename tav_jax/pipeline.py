@@ -29,6 +29,7 @@ from tav_jax.sampling import (
     dpm_solver_stepper,
 )
 from tav_jax.schedule import NoiseSchedule
+from tav_jax.sharding import denoiser, laid, over_frames, videos
 from tav_jax.stable_diffusion import Model, tokenize
 from tav_jax.training import TrainState, init_state, train_step
 from tav_jax.types import Context, Latents, Moments, PixelValues, PRNGKey, Scalar
@@ -60,19 +61,20 @@ def _loop(name: str, stepper: Callable[..., Step]) -> Callable:
         num_steps: int,
     ) -> Any:
         texts = jax.tree.map(unet.bind().text_keys_values, contexts)
-        step = stepper(unet, schedule, *texts, *settings, num_steps=num_steps)
-        return jax.lax.fori_loop(start, stop, step, state)
+        step = stepper(denoiser(unet), schedule, *texts, *settings, num_steps=num_steps)
+        # The next part takes this one's state.
+        return laid(jax.lax.fori_loop(start, stop, step, state), videos)
 
     loop.__name__ = name  # what logs, profiles and the cache on disk call the program
     return jax.jit(loop, static_argnames="num_steps", donate_argnames="state")
 
 
 _encode_text = jax.jit(lambda text_encoder, ids: text_encoder(ids))
-encode_video = jax.jit(lambda vae, pixel_values: vae.bind().encode(pixel_values))
-decode_video = jax.jit(lambda vae, latents: vae.bind().decode(latents))
+encode_video = jax.jit(over_frames(lambda vae, pixel_values: vae.bind().encode(pixel_values)))
+decode_video = jax.jit(over_frames(lambda vae, latents: vae.bind().decode(latents)))
 # The state's first copy is made where the network is, as all later ones are: arrays that have been
 # put on a device and arrays that have not would each compile a program. Hence `keep_unused`.
-_copy = jax.jit(lambda state, unet: jax.tree.map(jnp.copy, state), keep_unused=True)
+_copy = jax.jit(lambda state, unet: laid(jax.tree.map(jnp.copy, state), videos), keep_unused=True)
 ddim_invert_loop = _loop("ddim_invert", ddim_inverter)
 ddim_sample_loop = _loop("ddim_sample", ddim_stepper)
 dpm_solver_sample_loop = _loop("dpm_solver_sample", dpm_solver_stepper)

@@ -1,21 +1,26 @@
-"""The folder of a run: what is where, what it was made with, and how it is written safely."""
+"""The folder of a run: what is where, and what it was made with."""
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from tav_jax.checkpointing import latest_step, restore_trained
 from tav_jax.config import TuneConfig, differences, dump_config, load_config
+from tav_jax.distributed import agreed, is_main
+from tav_jax.files import place_without_access, written_whole
 from tav_jax.partition import label_params, select
 from tav_jax.pipeline import clean_latents, encode_frames, invert_latents
+from tav_jax.sharding import fetched, laid, make_mesh
 from tav_jax.stable_diffusion import Model, load_model
 from tav_jax.types import Latents
 from tav_jax.video import read_frames
@@ -38,18 +43,6 @@ class RunFolder:
 
     def samples(self, step: int) -> Path:
         return self.folder / "samples" / f"sample-{step}"
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, and puts it in the place of `path` once that has succeeded."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def keep_metrics(metrics: Path, steps: int) -> None:
@@ -81,14 +74,15 @@ def claim_folder(config: TuneConfig) -> RunFolder:
         raise ValueError(
             f"output_dir: {run.folder} exists and is no run of tav_jax.tune; name another"
         )
-    nearest = next(path for path in (run.folder, *run.folder.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"output_dir: nothing can be written in {nearest}; name another")
+    if place := place_without_access(run.folder):
+        raise ValueError(f"output_dir: nothing can be written in {place}; name another")
     return run
 
 
 def record_config(run: RunFolder, config: TuneConfig) -> None:
     """Creates the run's folder, with its settings complete."""
+    if not is_main():
+        return
     with written_whole(run.config) as path:
         path.write_text(dump_config(config))
 
@@ -118,8 +112,8 @@ def open_run(folder: str | Path, step: int | None = None) -> tuple[RunFolder, Tu
 
 
 def load_base(config: TuneConfig) -> Model:
-    """Returns the model that a run starts from, its trained leaves in float32."""
-    return load_model(
+    """Returns the model that a run starts from, its trained leaves in float32, on the mesh."""
+    model = load_model(
         config.pretrained_model_path,
         dtype="float32" if config.mixed_precision == "no" else "bfloat16",
         float32_modules=config.trainable_modules,
@@ -129,6 +123,15 @@ def load_base(config: TuneConfig) -> Model:
         revision=config.revision,
         variant=config.variant,
     )
+    unet, vae, text_encoder = laid((model.unet, model.vae, model.text_encoder))
+    return replace(model, unet=unet, vae=vae, text_encoder=text_encoder)
+
+
+def mesh_of(config: TuneConfig) -> Mesh:
+    """Returns the mesh of a run, which divides the frames of its clip and of its samples."""
+    train, validation = config.train_data, config.validation_data
+    frames = math.gcd(train.n_sample_frames, validation.video_length or 0)
+    return make_mesh(asdict(config.mesh), frames=frames)
 
 
 def load_tuned(run: RunFolder, config: TuneConfig, step: int) -> Model:
@@ -156,18 +159,35 @@ def read_clip(config: TuneConfig) -> UInt8[np.ndarray, "f H W 3"]:
 
 
 def inverted_clip(
-    run: RunFolder, config: TuneConfig, model: Model, step: int, num_inv_steps: int
+    run: RunFolder,
+    config: TuneConfig,
+    model: Model,
+    step: int,
+    num_inv_steps: int,
+    *,
+    alone: Callable[[Path], AbstractContextManager[Any]] = nullcontext,
 ) -> Latents:
     """Returns the clip's noise under the model of a checkpoint, from disk if it is there.
 
     Only the run's own `num_inv_steps` is kept on disk.
+
+    Args:
+        alone: Gives a context within which no other process makes the file.
     """
-    kept = num_inv_steps == config.validation_data.num_inv_steps
-    if kept and run.inverted(step).is_file():
-        return jnp.asarray(np.load(run.inverted(step)))
-    latents = clean_latents(model, encode_frames(model, read_clip(config)))
-    noise = invert_latents(model, latents, num_inv_steps=num_inv_steps, progress=True)
-    if kept:
-        with written_whole(run.inverted(step)) as path, path.open("wb") as file:
-            np.save(file, np.asarray(noise, np.float32))
-    return noise
+
+    def invert() -> Latents:
+        latents = clean_latents(model, encode_frames(model, read_clip(config)))
+        return invert_latents(model, latents, num_inv_steps=num_inv_steps, progress=True)
+
+    if num_inv_steps != config.validation_data.num_inv_steps:
+        return invert()
+    kept = run.inverted(step)
+    if not agreed([kept.is_file()])[0]:
+        with alone(kept):
+            if not agreed([kept.is_file()])[0]:  # another job may have made it meanwhile
+                noise = np.asarray(fetched(invert()), np.float32)
+                if is_main():
+                    with written_whole(kept) as path, path.open("wb") as file:
+                        np.save(file, noise)
+                return jnp.asarray(noise)
+    return jnp.asarray(np.load(kept))

@@ -14,6 +14,7 @@ from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import sample_posterior
 from tav_jax.partition import Label, select
 from tav_jax.schedule import NoiseSchedule, add_noise, training_target
+from tav_jax.sharding import denoiser, laid
 from tav_jax.types import Context, Denoiser, Latents, Moments, Params, PRNGKey, Scalar, Timesteps
 from tav_jax.weights import in_modules
 
@@ -88,7 +89,9 @@ def loss_and_gradients(
     The derivative is written for the whole network. What is not selected is not computed: the
     compiler drops it (a test counts the FLOPs).
     """
-    loss, gradients = jax.value_and_grad(denoising_loss)(unet, schedule, draw, context)
+    loss, gradients = jax.value_and_grad(
+        lambda unet: denoising_loss(denoiser(unet), schedule, draw, context)
+    )(unet)
     return loss, select(gradients.params, labels, "train")
 
 
@@ -104,7 +107,8 @@ def apply_gradients(
     updates, opt_state = optimizer.update(every, state.opt_state, params)
     moved = {name: optax.apply_updates(params[name], updates[name]) for name in gradients}
     unet = state.unet.with_params(params | moved)
-    return state._replace(unet=unet, opt_state=opt_state, step=state.step + 1)
+    # The next step takes this one's state, so it lies as the first did.
+    return laid(state._replace(unet=unet, opt_state=opt_state, step=state.step + 1))
 
 
 def train_step(

@@ -6,6 +6,7 @@ sample. The same command run again goes on from the last checkpoint.
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from tav_jax import distributed
 from tav_jax.checkpointing import latest_step, restore_state, save_checkpoint
 from tav_jax.cli import command, say
-from tav_jax.config import TuneConfig, load_config, with_absolute_paths
+from tav_jax.config import TuneConfig, ValidationData, load_config, with_absolute_paths
+from tav_jax.distributed import agreed, is_main
 from tav_jax.memory import Plan, Size, compile_plan, device_bytes, fitting_preset
 from tav_jax.models.unet import GradientCheckpointing
 from tav_jax.partition import label_params, make_lr_schedule, make_optimizer
@@ -35,10 +38,11 @@ from tav_jax.runs import (
     inverted_clip,
     keep_metrics,
     load_base,
+    mesh_of,
     read_clip,
     record_config,
 )
-from tav_jax.sample import (
+from tav_jax.samples import (
     Frames,
     default_sample,
     has_overview,
@@ -46,6 +50,7 @@ from tav_jax.sample import (
     write_overview,
     write_samples,
 )
+from tav_jax.sharding import fetched, laid, on_mesh
 from tav_jax.stable_diffusion import Model, tokenize
 from tav_jax.timing import Stages
 from tav_jax.training import NotLearningError, TrainState, check_movement, fingerprints, init_state
@@ -61,9 +66,28 @@ STEPS_BEFORE_CHECK = 3
 MOST_STEPS_UNSEEN = 100
 
 
-def tune(config: TuneConfig) -> None:
-    stages = Stages()
+Programs = dict[Any, tuple[GradientCheckpointing, Callable]]
+
+fingerprint = jax.jit(fingerprints)
+
+
+def tune(config: TuneConfig, programs: Programs | None = None) -> None:
+    """Runs one config from wherever it stands to its end.
+
+    Args:
+        programs: Tuning steps compiled before, which a run of the same shapes takes, and to which
+            it adds its own.
+    """
     config = with_absolute_paths(config)
+    mesh = mesh_of(config)
+    if mesh.size > 1:
+        say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
+    with on_mesh(mesh):
+        _tune(config, {} if programs is None else programs)
+
+
+def _tune(config: TuneConfig, programs: Programs) -> None:
+    stages = Stages()
     run = claim_folder(config)
     with stages("read"):
         frames = read_clip(config)
@@ -88,7 +112,7 @@ def tune(config: TuneConfig) -> None:
         adam_weight_decay=config.adam_weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
-    state = init_state(model.unet, optimizer, jax.random.key(config.seed))
+    state = laid(init_state(model.unet, optimizer, jax.random.key(config.seed)))
     state = resume(run, config, state, trained_names)
     start, end = int(state.step), config.max_train_steps
     if start >= end and latest_step(run.checkpoints) is None:
@@ -106,9 +130,7 @@ def tune(config: TuneConfig) -> None:
                 )
             )
         # Nothing of these is needed in the steps: they wait in the host's memory.
-        model = replace(
-            model, vae=jax.device_get(model.vae), text_encoder=jax.device_get(model.text_encoder)
-        )
+        model = replace(model, vae=fetched(model.vae), text_encoder=fetched(model.text_encoder))
         step_fn = compile_train_step(
             model.vae.config.scaling_factor,
             optimizer=optimizer,
@@ -117,7 +139,11 @@ def tune(config: TuneConfig) -> None:
         )
         inputs = moments, context, model.schedule
         with stages("compile"):
-            program, state = fitting_program(config, step_fn, state, inputs)
+            alike = step_settings(config)
+            if alike not in programs:
+                programs[alike] = fitting_program(config, step_fn, state, inputs)
+            preset, program = programs[alike]
+            state = state._replace(unet=state.unet.with_config(gradient_checkpointing=preset))
     record_config(run, config)
     if start and is_validated(config, start):
         # A run that was stopped between a checkpoint and its samples still owes them.
@@ -126,9 +152,10 @@ def tune(config: TuneConfig) -> None:
         say(f"{run.folder}: done, {start} of {end} steps")
         return
 
-    keep_metrics(run.metrics, start)
-    with run.metrics.open("a", buffering=1) as metrics_file:
-        fingerprint = jax.jit(fingerprints)
+    if is_main():
+        keep_metrics(run.metrics, start)
+    written = run.metrics if is_main() else Path(os.devnull)
+    with written.open("a", buffering=1) as metrics_file:
         before = fingerprint(state.unet.params)
         check_at = min(start + STEPS_BEFORE_CHECK, end)
 
@@ -170,8 +197,8 @@ def tune(config: TuneConfig) -> None:
 
 def fitting_program(
     config: TuneConfig, step: Any, state: TrainState, inputs: tuple[Moments, Context, Any]
-) -> tuple[Callable, TrainState]:
-    """Returns the compiled step, and the state as it takes it, under a preset that fits.
+) -> tuple[GradientCheckpointing, Callable]:
+    """Returns the compiled step, with the preset that fits, of which its state is to be.
 
     Raises:
         ValueError: nothing that is allowed fits into memory; says what would.
@@ -186,19 +213,31 @@ def fitting_program(
     def plan(preset: GradientCheckpointing, size: Size) -> Plan:
         grid = size.height // pixels, size.width // pixels
         shape = (len(moments), size.frames, *grid, moments.shape[-1])
-        clip = jax.ShapeDtypeStruct(shape, moments.dtype)
+        as_asked = shape == moments.shape
+        clip = moments if as_asked else jax.ShapeDtypeStruct(shape, moments.dtype)
         say(f"compiling the step for {size}, gradient_checkpointing={preset}")
         return compile_plan(lambda: step.lower(under(preset), clip, context, schedule).compile())
 
     wanted = config.gradient_checkpointing
     limit = config.memory_limit_gb
-    preset, program = fitting_preset(
+    return fitting_preset(
         plan,
         None if wanted == "auto" else wanted,
         Size(data.n_sample_frames, data.height, data.width),
         limit * 1e9 if limit else float(device_bytes()),
     )
-    return program, under(preset)
+
+
+def step_settings(config: TuneConfig) -> TuneConfig:
+    """Returns a config without what the tuning step's program does not depend on."""
+    return replace(
+        config,
+        output_dir="",
+        train_data=replace(config.train_data, video_path="", prompt=""),
+        validation_data=ValidationData(),
+        resume_from_checkpoint=None,
+        seed=0,
+    )
 
 
 def is_validated(config: TuneConfig, step: int) -> bool:
@@ -252,7 +291,8 @@ def validate(
     default = default_sample(config, step)
     folder, suffix = run.samples(step), config.validation_data.video_format
     samples = [replace(default, prompt=prompt) for prompt in config.validation_data.prompts]
-    samples = [sample for sample in samples if not is_done(sample, folder, suffix)]
+    done = agreed([is_done(sample, folder, suffix) for sample in samples])
+    samples = [sample for sample, is_there in zip(samples, done, strict=True) if not is_there]
     if not samples and (has_overview(folder) or not config.validation_data.prompts):
         return
     paths = write_samples(
@@ -265,10 +305,11 @@ def validate(
     )
     for path in paths:
         say(f"wrote {path}")
-    with stages("write"):
-        overview = write_overview(folder, config, source)
-    for path in overview:
-        say(f"wrote {path}")
+    if is_main():
+        with stages("write"):
+            overview = write_overview(folder, config, source)
+        for path in overview:
+            say(f"wrote {path}")
 
 
 @command
@@ -283,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the file's values")
     args = parser.parse_args(argv)
+    distributed.start()
     config, notes = load_config(args.config, args.overrides)
     for note in notes:
         say(f"note: {note}")

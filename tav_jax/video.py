@@ -4,7 +4,6 @@ import hashlib
 import math
 import os
 import re
-import secrets
 import unicodedata
 from bisect import bisect
 from collections import Counter
@@ -19,6 +18,8 @@ import mediapy
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from tav_jax.files import written_whole
 
 # The wheel brings an ffmpeg; the machine need not have one. (0.7.0: mediapy 1.2.7 passes `-vsync`,
 # which the ffmpeg of imageio-ffmpeg 0.8 no longer knows.)
@@ -217,18 +218,6 @@ def to_frames(
     return np.rint((np.clip(values, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, moved over it at the end: nobody reads half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix.lower()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_video(
     path: str | os.PathLike[str], frames: UInt8[np.ndarray, "f H W 3"], fps: int | float = 8
 ) -> None:
@@ -254,9 +243,9 @@ def write_video(
         options = {"codec": "gif"}
     else:
         raise ValueError(f"{path}: a video is written as .mp4 or .gif, not {path.suffix!r}")
-    with _replacing(path) as temporary:
+    with written_whole(path) as partial:
         try:
-            mediapy.write_video(temporary.absolute(), frames, fps=fps, **options)
+            mediapy.write_video(partial.absolute(), frames, fps=fps, **options)
         except (RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise OSError(f"{path}: ffmpeg could not write it ({reason})") from None
@@ -265,8 +254,8 @@ def write_video(
 def write_image(path: str | os.PathLike[str], image: UInt8[np.ndarray, "H W 3"]) -> None:
     """Writes one image in the format of its suffix."""
     _require_uint8(image)
-    with _replacing(Path(path)) as temporary:
-        Image.fromarray(image).save(temporary)
+    with written_whole(Path(path)) as partial:
+        Image.fromarray(image).save(partial)
 
 
 def _require_uint8(frames: np.ndarray) -> None:

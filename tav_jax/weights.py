@@ -13,8 +13,6 @@ nowhere else in the package.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -25,6 +23,7 @@ import safetensors
 from jax import Array
 from safetensors.numpy import save_file
 
+from tav_jax.files import written_whole
 from tav_jax.models.layers import fan_in_uniform
 from tav_jax.types import Params, PRNGKey
 
@@ -249,10 +248,7 @@ def _read_pickled(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 def save_tensors(path: Path, params: Mapping[str, Array]) -> None:
     """Writes parameters as a `.safetensors` file of the published layout, whole or not at all."""
     tensors = dict(to_tensor(name, np.asarray(value)) for name, value in params.items())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        whole = Path(folder) / path.name
+    with written_whole(path) as partial:
         # The published code's loader asks for this mark.
-        save_file(tensors, whole, metadata={"format": "pt"})
-        whole.chmod(0o644)  # safetensors lets nobody but the owner read it
-        os.replace(whole, path)
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # safetensors lets nobody but the owner read it

@@ -22,6 +22,7 @@ from tav_jax.pipeline import (
     encode_video,
 )
 from tav_jax.schedule import NoiseSchedule
+from tav_jax.sharding import laid, storage, videos
 from tav_jax.stable_diffusion import load_model
 from tav_jax.training import Draw, TrainState, init_state, loss_and_gradients
 from tav_jax.v1_4 import CONFIGS
@@ -115,14 +116,14 @@ def make_programs(
     frames: int,
     height: int,
     width: int,
-    sharding: jax.sharding.Sharding | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Program]:
     """Returns the five programs in which a run spends its time, by name.
 
     Args:
         height, width: Pixels.
-        sharding: Where programs are to be compiled for and not run; by default inputs are real,
-            on JAX's default device.
+        mesh: Of devices that are not here, for which programs are to be compiled and not run. By
+            default inputs are real, on the mesh in force.
     """
     unet, vae, schedule = networks.unet, networks.vae, networks.schedule
     grid = 1, frames, height // vae.config.downsampling, width // vae.config.downsampling
@@ -136,21 +137,25 @@ def make_programs(
     context = of(1, TEXT_TOKENS, unet.config.cross_attention_dim)
     pixel_values, timesteps = of(1, frames, height, width, 3), jax.ShapeDtypeStruct((1,), jnp.int32)
 
-    def place(tree: Any) -> Any:
+    def place(tree: Any, lie: Any = storage) -> Any:
         def one(x: Any) -> Any:
-            if sharding is not None:
-                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
             if isinstance(x, jax.ShapeDtypeStruct):
                 return jax.random.normal(jax.random.key(0), x.shape, x.dtype)
             return jnp.array(x)  # a copy: a run may use it up
 
-        return jax.tree.map(one, tree)
+        if mesh is None:
+            return laid(jax.tree.map(one, tree), lie)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            tree,
+            lie(tree, mesh),
+        )
 
     def begin(unet: Network[UNet3DConditionModel]) -> TrainState:
         return init_state(unet, optimizer, jax.random.key(0))
 
     def state() -> TrainState:
-        return begin(place(unet)) if sharding is None else place(jax.eval_shape(begin, unet))
+        return begin(place(unet)) if mesh is None else place(jax.eval_shape(begin, unet))
 
     # Kernels hide their products and recomputation repeats them: counted is the method's work.
     plain = unet.with_config(attention="einsum", gradient_checkpointing="none")
@@ -171,12 +176,12 @@ def make_programs(
 
     def loop_inputs(*texts: Any) -> tuple[Any, ...]:
         guidance = (GUIDANCE_SCALE,) if len(texts) > 1 else ()
-        return place(latents), 0, 1, place(unet), place(schedule), place(texts), *guidance
+        return place(latents, videos), 0, 1, place(unet), place(schedule), place(texts), *guidance
 
     return {
         "tune_step": Program(
             compile_train_step(vae.config.scaling_factor, optimizer=optimizer, labels=labels),
-            lambda: (state(), place(moments), place(context), place(schedule)),
+            lambda: (state(), place(moments, videos), place(context), place(schedule)),
             tune_flops,
             {},
             carries=True,
@@ -197,13 +202,13 @@ def make_programs(
         ),
         "encode": Program(
             encode_video,
-            lambda: (place(vae), place(pixel_values)),
+            lambda: (place(vae), place(pixel_values, videos)),
             lambda: count_flops(lambda vae, x: vae.bind().encode(x), vae, pixel_values),
             {},
         ),
         "decode": Program(
             decode_video,
-            lambda: (place(vae), place(latents)),
+            lambda: (place(vae), place(latents, videos)),
             lambda: count_flops(lambda vae, x: vae.bind().decode(x), vae, latents),
             {},
         ),

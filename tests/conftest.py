@@ -17,6 +17,8 @@ from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
 from tav_jax.models.vae import AutoencoderKL, VAEConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Of which only tests of meshes use more than the first.
+jax.config.update("jax_num_cpu_devices", 8)
 
 # Compiled programs are kept on disk only where a test says so, and never in the user's own folder:
 # in this process, and in those that tests start.

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -22,11 +23,13 @@ from safetensors.numpy import load_file
 
 import tav_jax as tav
 from tav_jax import stable_diffusion, weights
+from tav_jax.config import parse_mesh
 from tav_jax.models.attention import AttentionImplementation
 from tav_jax.models.network import Network
 from tav_jax.models.unet import GradientCheckpointing, UNet3DConditionModel
 from tav_jax.partition import label_params, make_optimizer
 from tav_jax.schedule import add_noise, ddim_timesteps, velocity
+from tav_jax.sharding import denoiser, laid, make_mesh, on_mesh
 from tav_jax.training import Draw, apply_gradients, init_state, loss_and_gradients
 
 EXACT = 0.0
@@ -94,7 +97,7 @@ class GoldenSet:
         self.settings = json.loads((folder / "cases.json").read_text())
         self.base = stable_diffusion.load_model(folder / "base", **changes)
         tuned = stable_diffusion.load_unet(folder / "tuned" / "unet").with_config(**changes)
-        self.tuned = self.base.with_unet(tuned)
+        self.tuned = self.base.with_unet(laid(tuned))
 
     def case(self, name: str) -> dict[str, Any]:
         start = f"{name}."
@@ -110,8 +113,16 @@ class GoldenSet:
 
 
 call = jax.jit(lambda network, *inputs: network(*inputs))
-invert = jax.jit(tav.ddim_invert, static_argnames=("num_inv_steps", "trajectory"))
-sample = jax.jit(tav.ddim_sample, static_argnames=("num_inference_steps", "trajectory"))
+# These three run on whatever mesh is in force.
+denoise = jax.jit(lambda unet, *inputs: denoiser(unet)(*inputs))
+invert = jax.jit(
+    lambda unet, *inputs, **steps: tav.ddim_invert(denoiser(unet), *inputs, **steps),
+    static_argnames=("num_inv_steps", "trajectory"),
+)
+sample = jax.jit(
+    lambda unet, *inputs, **steps: tav.ddim_sample(denoiser(unet), *inputs, **steps),
+    static_argnames=("num_inference_steps", "trajectory"),
+)
 
 
 def text(golden: GoldenSet) -> Iterator[Row]:
@@ -137,14 +148,14 @@ def vae(golden: GoldenSet) -> Iterator[Row]:
 def unet2d(golden: GoldenSet) -> Iterator[Row]:
     case = golden.case("unet2d")
     unet = golden.inflated(zero_temporal_output=True)
-    out = call(unet, pictures_last(case["sample"]), case["timesteps"], case["context"])
+    out = denoise(unet, pictures_last(case["sample"]), case["timesteps"], case["context"])
     yield compare("unet2d", pictures_first(out), case["out"], SINGLE)
 
 
 def unet3d(golden: GoldenSet, name: str) -> Iterator[Row]:
     case = golden.case(name)
     unet = golden.inflated() if name.startswith("unet3d_inflated") else golden.tuned.unet
-    out = call(unet, channels_last(case["sample"]), case["timesteps"], case["context"])
+    out = denoise(unet, channels_last(case["sample"]), case["timesteps"], case["context"])
     yield compare(name, channels_first(out), case["out"], SINGLE)
 
 
@@ -226,7 +237,7 @@ def tune(golden: GoldenSet) -> Iterator[Row]:
         )
         return apply_gradients(state, gradients, optimizer), loss, gradients
 
-    state = init_state(unet, optimizer, jax.random.key(0))
+    state = laid(init_state(unet, optimizer, jax.random.key(0)))
     latents = channels_last(case["x0"])
     losses, norms = [], []
     for index in range(settings["steps"]):
@@ -288,12 +299,24 @@ def main() -> int:
     parser.add_argument(
         "--gradient-checkpointing", choices=get_args(GradientCheckpointing), default="none"
     )
-    args = parser.parse_args()
-    golden = GoldenSet(
-        args.folder,
-        attention=args.attention,
-        gradient_checkpointing=args.gradient_checkpointing,
+    parser.add_argument(
+        "--mesh", default="frames=1", metavar="AXES", help="of this machine's devices: frames=8"
     )
+    args = parser.parse_args()
+    # A case of other numbers of frames is computed whole by each device.
+    mesh = make_mesh(asdict(parse_mesh(args.mesh)), frames=8)
+    with on_mesh(mesh):
+        return report(
+            GoldenSet(
+                args.folder,
+                attention=args.attention,
+                gradient_checkpointing=args.gradient_checkpointing,
+            )
+        )
+
+
+def report(golden: GoldenSet) -> int:
+    """Prints a line a comparison; returns 1 if any is over its tolerance, or else 0."""
     print(f"{'case':32} {'max abs':>9} {'max rel':>9} {'measured':>9} {'allowed':>9}  measure")
     failed = 0
     for run in cases(golden).values():

@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float
 
 from tav_jax.models.by_head import attention_by_head
 from tav_jax.models.chunked import chunked_attention
+from tav_jax.models.frames import all_frames, first_frame, former_frame
 from tav_jax.models.groups import Groups, Heads, joined, merged_attention
 
 AttentionScope = Literal["sparse_causal", "spatial", "first_frame", "full"]
@@ -174,13 +175,8 @@ def sparse_causal_attention(
     V = W_V [z_0, z_{i-1}]. Frame 0 has no predecessor: it looks at itself twice, which is the
     same as once.
     """
-    keys, values = ((x[:, :1], former_frame(x)) for x in (key, value))
+    keys, values = ((first_frame(x), former_frame(x)) for x in (key, value))
     return group_attention(query, keys, values, implementation)
-
-
-def former_frame(x: Heads) -> Heads:
-    """Returns for each frame the one before it, and frame 0 for itself."""
-    return jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
 
 
 def spatial_attention(
@@ -197,14 +193,16 @@ def first_frame_attention(
     query: Heads, key: Heads, value: Heads, implementation: AttentionImplementation = "auto"
 ) -> Heads:
     """Returns each frame's attention over the tokens of frame 0 alone."""
-    return group_attention(query, (key[:, :1],), (value[:, :1],), implementation)
+    return group_attention(query, (first_frame(key),), (first_frame(value),), implementation)
 
 
 def full_attention(
     query: Heads, key: Heads, value: Heads, implementation: AttentionImplementation = "auto"
 ) -> Heads:
     """Returns each token's attention over every token of every frame."""
-    key, value = (rearrange(x, "b f n heads k -> b 1 (f n) heads k") for x in (key, value))
+    key, value = (
+        rearrange(all_frames(x), "b f n heads k -> b 1 (f n) heads k") for x in (key, value)
+    )
     return group_attention(query, (key,), (value,), implementation)
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
+from tav_jax.models.frames import mean_and_variance
 from tav_jax.types import PRNGKey
 
 
@@ -44,11 +45,11 @@ def group_norm(
     """Returns x with zero mean and unit variance in each group of channels, then scaled.
 
     Statistics run over every axis but the first, so a video `b f h w c` shares them over its
-    frames and a stack of pictures `(b f) h w c` does not.
+    frames, on however many devices, and a stack of pictures `(b f) h w c` does not.
     """
     grouped = x.reshape(x.shape[0], -1, num_groups, x.shape[-1] // num_groups).astype(jnp.float32)
-    mean = grouped.mean((1, 3), keepdims=True)
-    variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
+    is_video = x.ndim == 5
+    mean, variance = mean_and_variance(grouped, (1, 3), of_all_devices=is_video)
     normed = ((grouped - mean) * jax.lax.rsqrt(variance + eps)).reshape(x.shape)
     return (normed * along_channels(scale, normed) + along_channels(bias, normed)).astype(x.dtype)
 

@@ -19,6 +19,7 @@ from tav_jax.models.attention import (
     AttentionScope,
     spatial_attention,
 )
+from tav_jax.models.frames import to_frames, to_positions
 from tav_jax.models.layers import LayerNorm, Linear
 from tav_jax.types import KeysValues
 
@@ -132,6 +133,6 @@ class BasicTransformerBlock(nnx.Module):
     def to_time(self, x: Float[Array, "b f n c"], _: KeysValues) -> Float[Array, "b f n c"]:
         if self.norm_temp is None or self.attn_temp is None:
             return x
-        normed = rearrange(self.norm_temp(x), "b f n c -> b n f c")
+        normed = rearrange(to_positions(self.norm_temp(x)), "b f n c -> b n f c")
         mixed = self.attn_temp(normed, self.attn_temp.keys_values(normed))
-        return x + rearrange(mixed, "b n f c -> b f n c")
+        return x + to_frames(rearrange(mixed, "b n f c -> b f n c"), positions=x.shape[2])

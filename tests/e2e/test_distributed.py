@@ -1,0 +1,185 @@
+"""Two processes of four devices each: what they do together, and when one of them is gone."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+HEARTBEAT_SECONDS = 6
+# On top, until the others have ended: for cores that do much else.
+MARGIN_SECONDS = 20
+AGAIN = "run the same command again, what is finished is kept"
+
+# A step sums over all devices, so that no process can do one alone.
+PROGRAM = """
+import json, sys, time
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from tav_jax import distributed
+from tav_jax.cli import command
+
+@command
+def main(argv):
+    distributed.start()
+    action = sys.argv[1]
+    if action == "fail":
+        raise ValueError("none can go on")
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    numbers = jax.make_array_from_callback((8,), sharding, lambda at: jnp.arange(8.0)[at])
+    step = jax.jit(lambda x: x + jnp.sum(x), out_shardings=sharding)
+    process = jax.process_index()
+    print(json.dumps({
+        "process": process,
+        "main": distributed.is_main(),
+        "agreed": distributed.agreed([process == 0]),
+        "sum": float(jax.jit(jnp.sum)(step(numbers))),
+    }), flush=True)
+    distributed.wait_for_all("said", 60)
+    while action == "step":
+        numbers = step(numbers).block_until_ready()
+    if action == "wait" and process == 0:
+        distributed.wait_for_all("never", 600)
+    if action == "lose patience" and process == 0:
+        distributed.wait_for_all("never", 1)
+    if action != "end":
+        time.sleep(600)
+
+sys.exit(main())
+"""
+
+
+Start = Callable[..., list[subprocess.Popen]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts the program as the processes of a job of two: `start("step", processes=(0, 1))`."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started: list[subprocess.Popen] = []
+
+    def run(action: str, processes: Sequence[int] = (0, 1)) -> list[subprocess.Popen]:
+        for index in processes:
+            environment = os.environ | {
+                "TAV_JAX_COORDINATOR": address,
+                "TAV_JAX_NUM_PROCESSES": "2",
+                "TAV_JAX_PROCESS_ID": str(index),
+                "TAV_JAX_HEARTBEAT_SECONDS": str(HEARTBEAT_SECONDS),
+                "TAV_JAX_START_SECONDS": "60" if len(processes) == 2 else "3",
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+                "PYTHONPATH": str(REPOSITORY),
+            }
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, program, action],
+                    env=environment,
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+            )
+        return started
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def said(process: subprocess.Popen) -> dict:
+    """Returns what the program prints once it has computed with the others."""
+    for line in process.stdout:
+        if line.startswith("{"):  # Gloo says something, too
+            return json.loads(line)
+    pytest.fail(process.stderr.read())
+
+
+def ended(process: subprocess.Popen, seconds: float) -> tuple[bool, str]:
+    """Returns whether it said that all is well, and what it said to stderr."""
+    _, err = process.communicate(timeout=seconds)
+    return process.returncode == 0, err
+
+
+def test_processes_compute_together_and_know_who_writes(start):
+    processes = start("end")
+    expected = float(sum(range(8)) * 9)
+    assert [said(process) for process in processes] == [
+        {"process": 0, "main": True, "agreed": [True], "sum": expected},
+        {"process": 1, "main": False, "agreed": [True], "sum": expected},
+    ]
+    assert [ended(process, MARGIN_SECONDS) for process in processes] == [(True, "")] * 2
+
+
+@pytest.mark.parametrize(
+    ("action", "victim", "blow", "seconds"),
+    [
+        pytest.param("step", 0, signal.SIGKILL, 0, id="the coordinator in a collective"),
+        pytest.param("step", 0, signal.SIGSTOP, HEARTBEAT_SECONDS, id="the coordinator's machine"),
+        pytest.param("step", 1, signal.SIGKILL, HEARTBEAT_SECONDS, id="another in a collective"),
+        pytest.param("wait", 1, signal.SIGKILL, HEARTBEAT_SECONDS, id="another in a barrier"),
+        pytest.param("sleep", 0, signal.SIGKILL, 0, id="the coordinator between steps"),
+    ],
+)
+def test_when_a_process_is_gone_the_other_says_so_and_ends(start, action, victim, blow, seconds):
+    processes = start(action)
+    for process in processes:
+        said(process)
+    processes[victim].send_signal(blow)
+    survivor = 1 - victim
+    assert ended(processes[survivor], seconds + MARGIN_SECONDS) == (
+        False,
+        f"error: process {survivor} of 2 ends, since process {victim} of 2 is gone; {AGAIN}\n",
+    )
+
+
+def test_a_process_ends_by_sigterm_as_it_does_alone(start):
+    processes = start("sleep")
+    for process in processes:
+        said(process)
+    processes[0].terminate()
+    assert ended(processes[0], MARGIN_SECONDS) == (False, "")
+    assert f"process 0 of 2 is gone; {AGAIN}" in ended(processes[1], MARGIN_SECONDS)[1]
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_a_process_that_never_comes_is_not_waited_for_longer_than_allowed(start, there):
+    (process,) = start("end", processes=(there,))
+    well, err = ended(process, 3 + MARGIN_SECONDS)
+    assert not well
+    assert err == (
+        f"error: process {there} of 2: not all have come within 3 seconds; start every one from "
+        "0 to 1, where it reaches process 0 at its address\n"
+    )
+
+
+def test_an_error_of_all_processes_is_said_by_each_and_nothing_else(start):
+    processes = start("fail")
+    assert [ended(process, 2 * MARGIN_SECONDS) for process in processes] == [
+        (False, "error: none can go on\n")
+    ] * 2
+
+
+def test_an_error_of_one_process_ends_the_other(start):
+    processes = start("lose patience")
+    for process in processes:
+        said(process)
+    well, err = ended(processes[0], MARGIN_SECONDS)
+    assert not well
+    assert err == (
+        "error: never: after 1 seconds not all of 2 processes are there; see what the others say\n"
+    )
+    well, err = ended(processes[1], MARGIN_SECONDS)
+    assert not well
+    assert err == f"error: process 1 of 2 ends, since process 0 of 2 is gone; {AGAIN}\n"

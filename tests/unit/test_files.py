@@ -1,0 +1,127 @@
+"""Files that appear whole, and claims that end with the process that has them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tav_jax.files import (
+    claimed,
+    place_without_access,
+    remove_lock,
+    remove_partials,
+    written_whole,
+)
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from tav_jax.files import claimed, written_whole
+path = Path(sys.argv[1])
+with claimed(path) as ours, written_whole(path) as partial:
+    partial.write_text("half")
+    print(ours, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that has claimed `a file` and is writing it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / "a file"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "True\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_claim_of_a_living_process_holds_and_that_of_a_dead_one_is_free(holder, tmp_path):
+    path = tmp_path / "a file"
+    with claimed(path, wait=False) as ours:
+        assert not ours
+    with claimed(tmp_path / "another", wait=False) as ours:
+        assert ours, "claims are for each file alone"
+
+    holder.kill()
+    with claimed(path) as ours:
+        assert ours
+        # What it had half written went with its claim.
+        assert names(tmp_path) == {".a file.lock", ".another.lock"}
+        path.write_text("whole")
+    assert names(tmp_path) == {"a file", ".another.lock"}, "nothing is left of a finished file"
+
+
+def test_a_claim_within_a_process_keeps_the_same_process_out(tmp_path):
+    with claimed(tmp_path / "a", wait=False) as first:
+        with claimed(tmp_path / "a", wait=False) as second:
+            assert (first, second) == (True, False)
+        with claimed(tmp_path / "a", wait=False) as third:
+            assert not third, "who was refused has not released it"
+    with claimed(tmp_path / "a", wait=False) as again:
+        assert again
+
+
+def test_a_claim_ends_with_a_failure_and_its_lock_stays_for_those_who_wait(tmp_path):
+    with pytest.raises(KeyboardInterrupt), claimed(tmp_path / "a"):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == {".a.lock"}
+    with claimed(tmp_path / "a", wait=False) as ours:
+        assert ours
+
+
+def test_a_lock_that_a_kill_left_is_removed_once_its_file_is_there(tmp_path):
+    (tmp_path / ".a.lock").touch()
+    remove_lock(tmp_path / "a")
+    assert names(tmp_path) == {".a.lock"}
+    (tmp_path / "a").touch()
+    remove_lock(tmp_path / "a")
+    assert names(tmp_path) == {"a"}
+
+
+def test_two_writers_at_once_leave_the_whole_file_of_the_last(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    with written_whole(path) as first:
+        first.write_text("first")
+        with written_whole(path) as second:
+            assert second != first
+            assert second.suffix == first.suffix == ".json"
+            second.write_text("second")
+        assert path.read_text() == "second"
+        assert first.read_text() == "first", "untouched by the other's end"
+    assert path.read_text() == "first"
+    assert names(path.parent) == {"a.json"}
+
+
+def test_a_name_as_long_as_the_file_system_takes_can_be_written(tmp_path):
+    path = tmp_path / ("a" * (os.pathconf(tmp_path, "PC_NAME_MAX") - 4) + ".mp4")
+    with written_whole(path) as partial:
+        partial.write_text("whole")
+    assert path.read_text() == "whole"
+
+
+def test_what_is_left_of_one_file_is_removed_and_nothing_of_another(tmp_path):
+    with written_whole(tmp_path / "a.b.mp4") as living:
+        living.write_text("half")
+        killed = [written_whole(tmp_path / "a.mp4") for _ in range(2)]  # which never end
+        for writer in killed:
+            writer.__enter__().write_text("half")
+        assert len(names(tmp_path)) == 3
+        remove_partials(tmp_path / "a.mp4")
+        assert names(tmp_path) == {living.name}
+
+
+def test_what_keeps_a_file_from_being_created_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "file"
+    file.touch()
+    assert place_without_access(tmp_path / "new/folder") is None
+    assert place_without_access(tmp_path) is None
+    assert place_without_access(file / "below") == file
+    assert place_without_access(file.relative_to(tmp_path) / "new/folder") == file

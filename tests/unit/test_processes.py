@@ -1,0 +1,188 @@
+"""What the environment says of a job of several processes, and what is made of its last words."""
+
+import pytest
+
+from tav_jax.distributed import Job, read_job
+from tav_jax.last_words import LastWords
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "node[01-02]",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911",
+}
+EXPLICIT = {
+    "TAV_JAX_COORDINATOR": "node01:1234",
+    "TAV_JAX_NUM_PROCESSES": "4",
+    "TAV_JAX_PROCESS_ID": "3",
+}
+BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        pytest.param({}, id="nothing"),
+        pytest.param(BATCH_SCRIPT, id="SLURM's batch script"),
+        pytest.param(SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, id="a step of one task"),
+        pytest.param(OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, id="mpirun -n 1"),
+        pytest.param(SLURM | {"TAV_JAX_NUM_PROCESSES": "1"}, id="said to be alone"),
+    ],
+)
+def test_one_process_is_no_job(environment):
+    assert read_job(environment) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "job"),
+    [
+        pytest.param(EXPLICIT, Job(4, 3, "deactivate", coordinator="node01:1234"), id="explicit"),
+        pytest.param(SLURM | EXPLICIT, Job(4, 3, "deactivate", "node01:1234"), id="goes first"),
+        pytest.param(SLURM, Job(8, 5, "slurm"), id="srun"),
+        pytest.param(OPEN_MPI, Job(2, 1, "ompi"), id="mpirun"),
+        pytest.param(SLURM | OPEN_MPI, Job(2, 1, "ompi"), id="mpirun under SLURM"),
+        pytest.param(
+            SLURM | {"SLURM_STEP_NUM_NODES": "8"},
+            Job(8, 5, "slurm", one_gpu_each=False),
+            id="one task a node has all its GPUs",
+        ),
+        pytest.param(
+            SLURM | {"SLURM_GPUS_PER_TASK": "1"},
+            Job(8, 5, "slurm", one_gpu_each=False),
+            id="a task that sees its own GPUs only",
+        ),
+        pytest.param(
+            OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"},
+            Job(2, 1, "ompi", one_gpu_each=False),
+            id="one rank a node has all its GPUs",
+        ),
+        pytest.param(
+            EXPLICIT | {"TAV_JAX_HEARTBEAT_SECONDS": "9", "TAV_JAX_START_SECONDS": "60"},
+            Job(4, 3, "deactivate", "node01:1234", heartbeat_seconds=9, start_seconds=60),
+            id="times",
+        ),
+    ],
+)
+def test_a_job_is_read_from_the_environment(environment, job):
+    assert read_job(environment) == job
+
+
+@pytest.mark.parametrize(
+    ("environment", "problems"),
+    [
+        pytest.param(
+            {"TAV_JAX_PROCESS_ID": "1"},
+            ["TAV_JAX_COORDINATOR: not set", "TAV_JAX_NUM_PROCESSES: not set"],
+            id="some of three",
+        ),
+        pytest.param(
+            {
+                "TAV_JAX_COORDINATOR": "node01",
+                "TAV_JAX_NUM_PROCESSES": "none",
+                "TAV_JAX_PROCESS_ID": "-1",
+                "TAV_JAX_HEARTBEAT_SECONDS": "0",
+                "TAV_JAX_START_SECONDS": "1.5",
+            },
+            [
+                "TAV_JAX_COORDINATOR: expected host:port, got 'node01'",
+                "TAV_JAX_NUM_PROCESSES: expected a whole number from 1 on, got 'none'",
+                "TAV_JAX_PROCESS_ID: expected a whole number from 0 on, got '-1'",
+                "TAV_JAX_HEARTBEAT_SECONDS: expected a whole number from 1 on, got '0'",
+                "TAV_JAX_START_SECONDS: expected a whole number from 1 on, got '1.5'",
+            ],
+            id="no numbers",
+        ),
+        pytest.param(
+            EXPLICIT | {"TAV_JAX_PROCESS_ID": "4"},
+            ["TAV_JAX_PROCESS_ID: expected 0 to 3, got '4'"],
+            id="counted from 1",
+        ),
+        pytest.param(
+            {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
+            [
+                "OMPI_COMM_WORLD_LOCAL_RANK: not set, though OMPI_COMM_WORLD_SIZE is 2; set",
+                "OMPI_MCA_orte_hnp_uri: not set, though OMPI_COMM_WORLD_SIZE is 2; set",
+            ],
+            id="an MPI that JAX does not know",
+        ),
+    ],
+)
+def test_an_incomplete_job_is_refused_with_all_that_is_wrong(environment, problems):
+    with pytest.raises(ValueError, match="TAV_JAX") as refusal:
+        read_job(environment)
+    lines = str(refusal.value).splitlines()
+    assert len(lines) == len(problems)
+    for line, problem in zip(lines, problems, strict=True):
+        assert line.startswith(problem)
+
+
+# As JAX 0.10 to 0.12 print them; 0.12 adds where in its source that was.
+WARNING = (
+    "W1123 01:58:25.259658   13678 preemption_sync_manager.cc:147] Failed to retrieve preemption "
+    "notice from coordination service: UNAVAILABLE: Socket closed\n"
+    "Additional GRPC error information from remote target coordination_service\n"
+)
+FATAL = (
+    "F1123 01:58:21.991292   13608 client.h:86] Terminating process because the JAX distributed "
+    "service detected fatal errors. This most likely indicates that another died; absl::Status: "
+)
+STACK = "*** Check failure stack trace: ***\n    @     0x7f7e2e8f81b4  absl::Flush()\n"
+OTHERS = "I1123 01:58:20.000000   13608 nccl.cc:12] NCCL version 2.27\nplain text\n"
+
+
+def test_what_others_say_is_passed_on_at_once():
+    words = LastWords(2, 0, 300)
+    assert words.hear(OTHERS) == OTHERS
+    assert words.release() == ""
+
+
+def test_a_warning_that_nothing_follows_is_passed_on_later():
+    words = LastWords(2, 0, 300)
+    assert words.hear(WARNING + OTHERS) == OTHERS
+    assert words.release() == WARNING
+    assert words.hear("plain text\n") == "plain text\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "meaning"),
+    [
+        pytest.param(
+            "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1\n3\n"
+            "The tasks have crashed.\n",
+            "process 2 of 4 ends, since process 1 and 3 of 4 is gone; run",
+            id="some are gone",
+        ),
+        pytest.param(
+            "UNAVAILABLE: Failed to send RPC to coordination service. Either the leader task was\n",
+            "process 2 of 4 ends, since process 0 of 4 is gone; run",
+            id="process 0 is gone",
+        ),
+        pytest.param(
+            "INTERNAL: Shutdown barrier has failed.\n",
+            "process 2 of 4 ends, since others have not come to the end of the run; run",
+            id="some go on for ever",
+        ),
+        pytest.param(
+            "INTERNAL: something\nof a later JAX\n",
+            "INTERNAL: something of a later JAX; run",
+            id="anything else",
+        ),
+    ],
+)
+def test_last_words_become_one_line(status, meaning):
+    words = LastWords(4, 2, 300)
+    assert words.hear(WARNING + FATAL + status + STACK) == ""
+    line = words.release()
+    assert line.startswith("error: ")
+    assert meaning in line
+    assert line.index("\n") == len(line) - 1
