@@ -1,6 +1,7 @@
 """A run's settings: frozen dataclasses <-> YAML, with the keys of the original release."""
 
 import difflib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -207,13 +208,65 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TuneCo
         FileNotFoundError: there is no such file.
         ValueError: it is not YAML, or keys or values are wrong; all are listed.
     """
-    tree = read_tree(path, overrides)
+    return _config_and_notes(read_tree(path, overrides), str(path))
+
+
+def load_clips(
+    path: str | Path, clips: str | Path, overrides: Sequence[str] = ()
+) -> tuple[list[TuneConfig], list[str]]:
+    """Returns the settings of several runs, and the notes of all; raises as `load_config` does.
+
+    Args:
+        path: What they have in common.
+        clips: A YAML list, an item a run, of the keys that differ: `train_data` and mostly
+            `validation_data`. Where it has no `output_dir`, that is a folder in the common one,
+            named like the video.
+    """
+    common = read_tree(path, overrides)
+    items = _read_yaml(Path(clips), "--clips")
+    if not (isinstance(items, list) and items and all(isinstance(one, dict) for one in items)):
+        raise ValueError(f"{clips}: expected a list of keys and values, an item a clip")
+    configs, notes, problems = [], [], []
+    for number, item in enumerate(items, 1):
+        tree = _over(common, item)
+        if "output_dir" not in item and "output_dir" in common:
+            video = str(tree.get("train_data", {}).get("video_path", number))
+            tree["output_dir"] = str(Path(common["output_dir"]) / Path(video).stem)
+        try:
+            config, more = _config_and_notes(tree, f"{clips}, clip {number}")
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        configs.append(config)
+        notes += more
+    folders = Counter(config.output_dir for config in configs)
+    problems += [
+        f"{clips}: {count} clips have the output_dir {folder}; give each its own"
+        for folder, count in folders.items()
+        if count > 1
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return configs, list(dict.fromkeys(notes))
+
+
+def _over(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns a tree with another's values put over it, section by section."""
+    merged = dict(tree)
+    for key, value in changes.items():
+        if isinstance(old := merged.get(key), dict) and isinstance(value, dict):
+            value = _over(old, value)
+        merged[key] = value
+    return merged
+
+
+def _config_and_notes(tree: dict[str, Any], where: str) -> tuple[TuneConfig, list[str]]:
     notes = [
         f"{key}: has no effect here: {reason}"
         for key, reason in MEANINGLESS_KEYS.items()
         if tree.pop(key, False)
     ]
-    config = parse_config(tree, str(path))
+    config = parse_config(tree, where)
     if config.mixed_precision == "fp16":
         notes.append("mixed_precision: fp16 is computed as bf16, which needs no loss scaling")
     return config, notes
@@ -221,16 +274,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TuneCo
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Returns a YAML file's keys and values; raises as `load_config` does, before any checks."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"--config: no such file {path}")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    tree = _read_yaml(Path(path), "--config")
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected keys and values, as in configs/man-skiing.yaml")
     return override(tree, overrides)
+
+
+def _read_yaml(path: Path, option: str) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{option}: no such file {path}")
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

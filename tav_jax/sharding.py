@@ -30,7 +30,7 @@ AXES = (DATA_AXIS, *FRAME_AXES)
 # How leaves are stored, by the end of their name; the first that matches counts. A spec's axes
 # are the leaf's last. Adam's moments lie as their parameters do.
 STORAGE_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"\.kernel$", PartitionSpec("fsdp")),
+    (r"\.(kernel|embedding)$", PartitionSpec("fsdp")),
     (r"", PartitionSpec()),
 )
 # Numbers of a leaf from which parting it saves more than gathering it costs.
@@ -139,7 +139,8 @@ def storage_spec(name: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     """Returns how a leaf is stored, by its name; whole if it is small or does not divide."""
     rule = next(spec for pattern, spec in STORAGE_RULES if re.search(pattern, name))
     cut = zip(shape[::-1], rule[::-1], strict=False)
-    if math.prod(shape) < WORTH_PARTING or any(side % mesh.shape[axis] for side, axis in cut):
+    divides = not any(side % mesh.shape[axis] for side, axis in cut)
+    if not rule or not divides or math.prod(shape) < WORTH_PARTING:
         return PartitionSpec()
     return PartitionSpec(*[None] * (len(shape) - len(rule)), *rule)
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from tav_jax import distributed
 from tav_jax.checkpointing import latest_step, restore_state, save_checkpoint
 from tav_jax.cli import command, say
-from tav_jax.config import TuneConfig, ValidationData, load_config, with_absolute_paths
+from tav_jax.config import TuneConfig, ValidationData, load_clips, load_config, with_absolute_paths
 from tav_jax.distributed import agreed, is_main
 from tav_jax.memory import Plan, Size, compile_plan, device_bytes, fitting_preset
 from tav_jax.models.unet import GradientCheckpointing
@@ -240,6 +240,34 @@ def step_settings(config: TuneConfig) -> TuneConfig:
     )
 
 
+def tune_all(configs: Sequence[TuneConfig]) -> None:
+    """Runs configs one after another; those of the same shapes share one compiled step.
+
+    Raises:
+        ValueError: some cannot begin, in which case none does; lists all.
+        NotLearningError: some have not learnt; the others are done.
+    """
+    problems = []
+    for config in configs:
+        try:
+            claim_folder(with_absolute_paths(config))
+            read_clip(config)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    programs: Programs = {}
+    failures = []
+    for number, config in enumerate(configs, 1):
+        say(f"clip {number} of {len(configs)}: {config.train_data.prompt} -> {config.output_dir}")
+        try:
+            tune(config, programs)
+        except NotLearningError as error:
+            failures.append(f"{config.output_dir}: {error}")
+    if failures:
+        raise NotLearningError("\n".join(failures))
+
+
 def is_validated(config: TuneConfig, step: int) -> bool:
     return step == config.max_train_steps or step % config.validation_steps == 0
 
@@ -322,13 +350,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         "max_train_steps=300 train_data.n_sample_frames=8",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML; see configs/")
+    parser.add_argument(
+        "--clips", metavar="FILE", help="YAML: a list of runs, each of the keys in which it differs"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the file's values")
     args = parser.parse_args(argv)
     distributed.start()
-    config, notes = load_config(args.config, args.overrides)
+    if args.clips:
+        configs, notes = load_clips(args.config, args.clips, args.overrides)
+    else:
+        config, notes = load_config(args.config, args.overrides)
     for note in notes:
         say(f"note: {note}")
-    tune(config)
+    if args.clips:
+        tune_all(configs)
+    else:
+        tune(config)
 
 
 if __name__ == "__main__":

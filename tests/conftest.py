@@ -1,7 +1,10 @@
 """Fixtures for all tests: keys, and small networks in which nothing is zero by accident."""
 
+import atexit
 import math
 import os
+import shutil
+import tempfile
 import zlib
 from functools import partial
 from pathlib import Path
@@ -20,10 +23,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Of which only tests of meshes use more than the first.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Compiled programs are kept on disk only where a test says so, and never in the user's own folder:
-# in this process, and in those that tests start.
-jax.config.update("jax_compilation_cache_dir", None)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+# What one test compiles the others load, those of pytest-xdist's other workers and the processes
+# that tests start among them: all inherit this folder, which is the session's and never the user's.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="tav_jax-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": folder,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,6 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from jax.experimental.compilation_cache import compilation_cache
 
 from tav_jax import tune
 from tav_jax.models.clip import CLIPTextConfig, CLIPTextModel
@@ -129,40 +128,23 @@ def write_clip(path: Path, frames: int = 12, side: int = 64) -> None:
     write_video(path, video)
 
 
-# Compiling is nearly all of these tests' time. LLVM's costly passes are left out, and what is
-# compiled goes to a folder that all runs of the session share, those in other processes too.
-QUICK = {
-    "jax_disable_most_optimizations": True,
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
+# Compiling is nearly all of these tests' time: LLVM's costly passes are left out.
+QUICK = "jax_disable_most_optimizations"
 
 
 @contextlib.contextmanager
-def compiling_quickly(cache: Path) -> Iterator[None]:
-    settings = QUICK | {"jax_compilation_cache_dir": str(cache)}
-    before = {name: jax.config.values[name] for name in settings}
+def compiling_quickly() -> Iterator[None]:
+    before = jax.config.values[QUICK]
+    jax.config.update(QUICK, True)
     try:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
         yield
     finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="session")
-def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.getbasetemp()
-    # The workers of pytest-xdist each have a folder of their own inside the session's.
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compile-cache"
+        jax.config.update(QUICK, before)
 
 
 @pytest.fixture(scope="module")
-def quick_compiles(compile_cache: Path) -> Iterator[None]:
-    with compiling_quickly(compile_cache):
+def quick_compiles() -> Iterator[None]:
+    with compiling_quickly():
         yield
 
 
@@ -266,11 +248,10 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 
 @pytest.fixture
-def start(compile_cache: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     """Starts `python ARGS...` in a process of its own, as a user would."""
-    environment = os.environ | {name.upper(): str(value) for name, value in QUICK.items()}
-    environment |= {
-        "JAX_COMPILATION_CACHE_DIR": str(compile_cache),
+    common = os.environ | {
+        QUICK.upper(): "true",
         "PYTHONUNBUFFERED": "1",  # what a process said before it was killed is heard
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
@@ -278,10 +259,10 @@ def start(compile_cache: Path, tmp_path: Path) -> Iterator[Callable[..., subproc
     # As in a terminal, where Ctrl-C is heard; what starts the tests may have it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def run(*args: object) -> subprocess.Popen:
+    def run(*args: object, environment: Mapping[str, str] = common) -> subprocess.Popen:
         process = subprocess.Popen(
             [sys.executable, *map(str, args)],
-            env=environment,
+            env={**common, **environment},
             cwd=tmp_path,
             text=True,
             stdout=subprocess.PIPE,
@@ -306,14 +287,12 @@ class FinishedRun:
 
 
 @pytest.fixture(scope="session")
-def finished_run(
-    material: Material, compile_cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> FinishedRun:
+def finished_run(material: Material, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     folder = tmp_path_factory.mktemp("finished")
     config = folder / "finished.yaml"
     config.write_text(yaml.safe_dump({"output_dir": str(folder / "run")} | material.settings))
     said = io.StringIO()
-    with compiling_quickly(compile_cache), contextlib.redirect_stdout(said):
+    with compiling_quickly(), contextlib.redirect_stdout(said):
         assert tune.main(["--config", str(config)]) == 0
     return FinishedRun(folder / "run", config, said.getvalue())
 

@@ -4,17 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden import GoldenSet, cases
+from jax.sharding import PartitionSpec
 
 from tav_jax import sharding
+from tav_jax.collectives import collective_bytes
 from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
 from tav_jax.partition import TRAINABLE_MODULES, label_params, make_optimizer
 from tav_jax.pipeline import compile_train_step, ddim_invert_loop, ddim_sample_loop
 from tav_jax.published_config import read_schedule
-from tav_jax.sharding import AXES, laid, make_mesh, on_mesh, videos
+from tav_jax.sharding import AXES, laid, make_mesh, on_mesh, storage_spec, videos
 from tav_jax.training import init_state
 from tav_jax.v1_4 import CONFIGS
 
-ONE = (1, 1, 1)
 MESHES = [(1, 8, 1), (2, 4, 1), (1, 1, 8), (2, 2, 2)]
 FRAMES, SIDE = 8, 8
 SCHEDULE = read_schedule(CONFIGS["scheduler"])
@@ -112,3 +114,105 @@ def test_other_scopes_of_attention_are_the_same_on_a_mesh(unet, scope):
     expected = denoise(unet, *inputs)
     with on_mesh(mesh_of((1, 4, 2))):
         np.testing.assert_allclose(denoise(unet, *inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+# What devices send each other.
+
+
+def sent(unet, sizes, frames):
+    """Bytes by kind of one call of the network."""
+    inputs = clip(4, frames), np.array([500]), CONTEXT
+    with on_mesh(mesh_of(sizes, frames)):
+        call = jax.jit(lambda unet, *inputs: sharding.denoiser(unet)(*inputs))
+        latents = laid(jnp.asarray(inputs[0]), videos)
+        return collective_bytes(call.lower(unet, latents, *inputs[1:]).compile())
+
+
+def test_what_is_sent_grows_with_the_boundary_and_not_with_the_video(unet):
+    # Transformers of SMALL: two of width 8 on the fine grid, on the way down, and twice up, one of
+    # 16 in the middle.
+    of_one_frame = 4 * SIDE**2 * 8 * 3 + 4 * (SIDE // 2) ** 2 * 16  # bytes of float32
+    devices, groups, resnets = 8, SMALL.norm_num_groups, 8
+    eight, sixteen = (sent(unet, (1, devices, 1), frames) for frames in (8, 16))
+    # Keys and values of frame 0, and of the frame before the device's first.
+    assert eight["all-reduce"] == sixteen["all-reduce"] == 2 * of_one_frame
+    assert eight["collective-permute"] == sixteen["collective-permute"] == 2 * of_one_frame
+    # There and back between frames and positions, of a device's own share of the video.
+    assert eight["all-to-all"] == 2 * of_one_frame
+    assert sixteen["all-to-all"] == 2 * 2 * of_one_frame
+    # Mean and variance of each group, of each device: two norms a block, and one at the end.
+    statistics = 2 * 4 * groups * devices * (2 * resnets + 1)
+    assert eight["all-gather"] == sixteen["all-gather"] == statistics
+    assert eight.keys() == {"all-reduce", "collective-permute", "all-to-all", "all-gather"}
+
+
+def test_parts_of_parameters_are_gathered_and_nothing_else_is_added(unet):
+    whole, parted = (sent(laid_on(unet, sizes), sizes, 8) for sizes in ((1, 8, 1), (1, 1, 8)))
+    kernels = sum(
+        4 * value.size
+        for name, value in unet.params.items()
+        if storage_spec(name, value.shape, mesh_of((1, 1, 8))) != PartitionSpec()
+    )
+    assert kernels > 0
+    assert parted.pop("all-gather") <= kernels + whole.pop("all-gather")
+    assert parted == whole
+
+
+def laid_on(unet, sizes):
+    with on_mesh(mesh_of(sizes)):
+        return laid(unet)
+
+
+def test_one_frame_a_device_is_what_a_grid_that_does_not_divide_gets_too(unet):
+    # 5 x 3 positions over 8 devices: some get padding.
+    latents = np.random.default_rng(3).standard_normal((1, 8, 5, 3, 4), np.float32)
+    denoise = jax.jit(lambda unet, *inputs: sharding.denoiser(unet)(*inputs))
+    expected = denoise(unet, latents, np.array([500]), CONTEXT)
+    with on_mesh(mesh_of((1, 8, 1))):
+        ours = denoise(unet, latents, np.array([500]), CONTEXT)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+# Which mesh.
+
+
+@pytest.mark.parametrize(
+    ("sizes", "frames", "expected"),
+    [
+        pytest.param((1, -1, 1), 8, (1, 8, 1), id="all for frames"),
+        pytest.param((1, -1, 1), 6, (1, 2, 1), id="as many as divide them"),
+        pytest.param((1, -1, 1), 1, (1, 1, 1), id="a picture"),
+        pytest.param((2, -1, 1), 8, (2, 4, 1), id="the rest for frames"),
+        pytest.param((1, -1, 4), 8, (1, 2, 4), id="the rest beside fsdp"),
+        pytest.param((-1, 2, 1), 8, (4, 2, 1), id="the rest for data"),
+        pytest.param((1, 2, 1), 8, (1, 2, 1), id="some devices"),
+    ],
+)
+def test_sizes_of_a_mesh(sizes, frames, expected):
+    assert tuple(mesh_of(sizes, frames).shape.values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "frames", "message"),
+    [
+        pytest.param((1, 3, 1), 8, "over 3 devices .* they do over 1, 2, 4, 8", id="frames"),
+        pytest.param((1, -1, 3), 8, "over 6 devices|over 3 devices", id="fsdp"),
+        pytest.param((4, 4, 1), 8, "takes 16 devices, there are 8", id="too many"),
+        pytest.param((-1, -1, 1), 8, "only one of them can be -1", id="two rests"),
+    ],
+)
+def test_meshes_that_cannot_be(sizes, frames, message):
+    with pytest.raises(ValueError, match=message):
+        mesh_of(sizes, frames)
+
+
+def test_large_kernels_are_stored_in_parts_and_the_rest_whole(monkeypatch):
+    monkeypatch.setattr(sharding, "WORTH_PARTING", 2**14)
+    mesh = mesh_of((1, 1, 8))
+    assert storage_spec("conv1.kernel", (3, 3, 320, 320), mesh) == PartitionSpec(
+        None, None, None, "fsdp"
+    )
+    assert storage_spec("to_q.kernel", (320, 320), mesh) == PartitionSpec(None, "fsdp")
+    assert storage_spec("to_q.kernel", (64, 64), mesh) == PartitionSpec()
+    assert storage_spec("conv_out.kernel", (3, 3, 20480, 4), mesh) == PartitionSpec()
+    assert storage_spec("norm.scale", (32768,), mesh) == PartitionSpec()

@@ -1,0 +1,167 @@
+"""`python -m tav_jax.tune` on several devices, and in two processes that are one run."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from tav_jax import sample, tune
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+CLIP = {"n_sample_frames": 8, "sample_frame_rate": 1}
+HEARTBEAT = 6  # seconds until a process that is gone is missed
+BOUND = 4 * HEARTBEAT  # seconds in which all have ended then
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices(material, tmp_path_factory, quick_compiles):
+    """A finished run on all of this process's devices, and its config."""
+    folder = tmp_path_factory.mktemp("eight")
+    settings = material.settings | {
+        "train_data": material.settings["train_data"] | CLIP,
+        "mesh": {"frames": -1, "fsdp": 2},
+        "output_dir": str(folder / "run"),
+    }
+    config = folder / "run.yaml"
+    config.write_text(json.dumps(settings))  # which is YAML too
+    assert tune.main(["--config", str(config)]) == 0
+    return folder / "run", config
+
+
+def test_a_run_on_eight_devices_is_the_run_on_one(cli, on_eight_devices, tmp_path):
+    eight, config = on_eight_devices
+    ended = cli(tune, "--config", config, f"output_dir={tmp_path / 'run'}", "mesh={frames: 1}")
+    assert ended.status == 0, ended.err
+    np.testing.assert_allclose(losses(eight), losses(tmp_path / "run"), rtol=1e-5)
+    ours, alone = (
+        np.load(run / "inv_latents/ddim_latent-6.npy") for run in (eight, tmp_path / "run")
+    )
+    np.testing.assert_allclose(ours, alone, atol=1e-3)
+
+
+def test_a_run_that_began_on_eight_devices_goes_on_on_two(cli, on_eight_devices, tmp_path):
+    eight, config = on_eight_devices
+    run = shutil.copytree(eight, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/6")
+    shutil.rmtree(run / "samples/sample-6")
+    ended = cli(tune, "--config", config, f"output_dir={run}", "mesh={frames: 2}")
+    assert ended.status == 0, ended.err
+    assert "going on from" in ended.out
+    assert "mesh: data 1, frames 2, fsdp 1" in ended.out
+    np.testing.assert_allclose(losses(run), losses(eight), rtol=1e-5)
+    assert len(list((run / "samples/sample-6").glob("*.mp4"))) == 4  # and one side by side
+
+
+def test_prompts_are_sampled_side_by_side_along_data(cli, on_eight_devices, tmp_path):
+    eight, _ = on_eight_devices
+    prompts = [f"--prompt={subject} is moving" for subject in ("a ball", "a cat")]
+    ended = cli(
+        *(sample, "--run", eight, *prompts, "--output-dir", tmp_path),
+        *("--batch-size", 2, "--mesh", "data=2,frames=4"),
+    )
+    assert ended.status == 0, ended.err
+    assert len(list(tmp_path.glob("*is moving.mp4"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["mesh.frames=3"], "8 frames do not divide over 3 devices", id="three"),
+        pytest.param(["mesh.frames=16"], "takes 16 devices, there are 8", id="too many"),
+        pytest.param(["mesh={data: -1, fsdp: -1, frames: 1}"], "only one of them", id="two rests"),
+        pytest.param(["mesh.frames=0"], "mesh.frames", id="none"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused_before_anything(
+    cli, write_config, tmp_path, arguments, message
+):
+    ended = cli(tune, "--config", write_config(train_data=CLIP), *arguments)
+    assert ended.status == 1
+    assert message in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def start_two(start, monkeypatch):
+    """Starts a command as two processes of four devices each."""
+
+    def run(*args):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        settings = {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "JAX_PLATFORMS": "cpu",
+            "TAV_JAX_COORDINATOR": f"127.0.0.1:{port}",
+            "TAV_JAX_NUM_PROCESSES": "2",
+            "TAV_JAX_HEARTBEAT_SECONDS": str(HEARTBEAT),
+        }
+        return [
+            start(*args, environment=settings | {"TAV_JAX_PROCESS_ID": str(process)})
+            for process in (0, 1)
+        ]
+
+    return run
+
+
+def test_two_processes_are_the_run_of_one_and_write_one_set_of_files(
+    start_two, on_eight_devices, tmp_path
+):
+    eight, config = on_eight_devices
+    run = tmp_path / "run"
+    processes = start_two("-m", "tav_jax.tune", "--config", config, f"output_dir={run}")
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    np.testing.assert_allclose(losses(run), losses(eight), rtol=1e-5)
+    files = [
+        {str(path.relative_to(folder)) for path in folder.rglob("*") if "ocdbt" not in str(path)}
+        for folder in (run, eight)
+    ]
+    of_samples = [{name for name in names if name.startswith("samples")} for names in files]
+    assert of_samples[0] == of_samples[1]
+    assert "wrote" in said[0][0]
+    assert "wrote" not in said[1][0]
+
+
+def test_when_a_process_is_killed_the_other_ends_with_a_line_and_both_go_on_later(
+    start_two, on_eight_devices, tmp_path
+):
+    _, config = on_eight_devices
+    run = tmp_path / "run"
+    command = ("-m", "tav_jax.tune", "--config", config, f"output_dir={run}")
+    command += ("max_train_steps=100000", "validation_steps=100000")
+
+    def newest():
+        names = [path.name for path in (run / "checkpoints").glob("*")]
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+
+    def wait_for_a_step_after(step, process):
+        deadline = time.monotonic() + 300
+        while newest() <= step:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    first, second = start_two(*command)
+    wait_for_a_step_after(3, first)
+    os.kill(second.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    _, said = first.communicate(timeout=BOUND)
+    assert time.monotonic() - killed < BOUND
+    assert first.returncode != 0
+    assert "process 1 of 2 is gone; run the same command again" in said
+    step = newest()
+    first, _ = start_two(*command)
+    wait_for_a_step_after(step, first)
+    assert len(losses(run)) >= step
