@@ -49,6 +49,7 @@ from tav_jax.schedule import (  # noqa: E402
     make_schedule,
     velocity,
 )
+from tav_jax.sharding import make_mesh, on_mesh  # noqa: E402
 from tav_jax.stable_diffusion import (  # noqa: E402
     Model,
     load_model,
@@ -115,8 +116,10 @@ __all__ = [
     "load_vae",
     "loss_and_gradients",
     "make_lr_schedule",
+    "make_mesh",
     "make_optimizer",
     "make_schedule",
+    "on_mesh",
     "parameter_shapes",
     "random_latents",
     "read_frames",

@@ -233,7 +233,7 @@ def agreed(flags: Sequence[bool]) -> list[bool]:
     Whether a file is there is not the same for two processes at two moments, and they must not go
     on to different programs.
     """
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or not flags:
         return list(flags)
     found = multihost_utils.broadcast_one_to_all(np.asarray(flags, np.int32))
     return [bool(flag) for flag in found]

@@ -29,7 +29,7 @@ from tav_jax.sampling import (
     dpm_solver_stepper,
 )
 from tav_jax.schedule import NoiseSchedule
-from tav_jax.sharding import denoiser, laid, over_frames, videos
+from tav_jax.sharding import denoiser, fetched, laid, over_frames, videos
 from tav_jax.stable_diffusion import Model, tokenize
 from tav_jax.training import TrainState, init_state, train_step
 from tav_jax.types import Context, Latents, Moments, PixelValues, PRNGKey, Scalar
@@ -258,7 +258,7 @@ def tune_clip(
     step = compile_train_step(model.vae.config.scaling_factor, optimizer=optimizer, labels=labels)
     # The step donates its state, and the caller's parameters are not ours to give away.
     unet = jax.tree.map(jnp.copy, model.unet)
-    state = init_state(unet, optimizer, jax.random.key(0) if key is None else key)
+    state = laid(init_state(unet, optimizer, jax.random.key(0) if key is None else key))
     moments, context = encode_frames(model, frames), encode_prompts(model, [prompt])
     for _ in tqdm(range(max_train_steps), desc="tuning", disable=_hidden(progress)):
         state, _ = step(state, moments, context, model.schedule)
@@ -297,4 +297,4 @@ def edit_clip(
         num_inference_steps=num_inference_steps,
         progress=progress,
     )
-    return to_frames(np.asarray(decode_latents(model, latents)))
+    return to_frames(fetched(decode_latents(model, latents)))

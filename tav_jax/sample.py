@@ -10,7 +10,7 @@ from typing import get_args
 from tav_jax import distributed
 from tav_jax.cli import command, say
 from tav_jax.config import parse_mesh
-from tav_jax.distributed import is_main
+from tav_jax.distributed import agreed, is_main
 from tav_jax.runs import inverted_clip, load_tuned, mesh_of, read_clip
 from tav_jax.samples import (
     Job,
@@ -31,18 +31,20 @@ def sample_run(job: Job, *, batch_size: int = 1) -> list[Path]:
     The model is loaded only if something is missing.
     """
     run, config, step, folder = job.run, job.config, job.step, job.folder
-    if len(job.wanted) < len(job.samples):
-        skipped = len(job.samples) - len(job.wanted)
+    is_wanted = agreed([sample in job.wanted for sample in job.samples])
+    wanted = [sample for sample, flag in zip(job.samples, is_wanted, strict=True) if flag]
+    if len(wanted) < len(job.samples):
+        skipped = len(job.samples) - len(wanted)
         say(f"{skipped} of {len(job.samples)} videos are there already: skipped")
     written = []
-    if job.wanted:
-        say_if_seeds_do_nothing(job.wanted)
+    if wanted:
+        say_if_seeds_do_nothing(wanted)
         with on_mesh(mesh_of(config)):
             model = load_tuned(run, config, step)
             for path in write_samples(
                 model,
                 config,
-                job.wanted,
+                wanted,
                 lambda num_inv_steps: inverted_clip(run, config, model, step, num_inv_steps),
                 folder,
                 Stages(),

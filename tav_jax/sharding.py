@@ -27,9 +27,11 @@ from tav_jax.types import Denoiser
 DATA_AXIS = "data"
 AXES = (DATA_AXIS, *FRAME_AXES)
 
-# How leaves are stored, by the end of their name; the first that matches counts. A spec's axes
-# are the leaf's last. Adam's moments lie as their parameters do.
+# How leaves are stored, by the end of their name; the first that matches counts. A spec is of the
+# leaf's last axis. Adam's moments lie as their parameters do.
 STORAGE_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    # What the method trains: its gradients are then summed in parts, each where its Adam lies.
+    (r"\.(to_q|attn_temp\.\w+(\.0)?)\.kernel$", PartitionSpec(FRAME_AXES)),
     (r"\.(kernel|embedding)$", PartitionSpec("fsdp")),
     (r"", PartitionSpec()),
 )
@@ -138,11 +140,12 @@ def video_spec(mesh: Any, shape: tuple[int, ...]) -> PartitionSpec:
 def storage_spec(name: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     """Returns how a leaf is stored, by its name; whole if it is small or does not divide."""
     rule = next(spec for pattern, spec in STORAGE_RULES if re.search(pattern, name))
-    cut = zip(shape[::-1], rule[::-1], strict=False)
-    divides = not any(side % mesh.shape[axis] for side, axis in cut)
-    if not rule or not divides or math.prod(shape) < WORTH_PARTING:
+    if not rule or math.prod(shape) < WORTH_PARTING:
         return PartitionSpec()
-    return PartitionSpec(*[None] * (len(shape) - len(rule)), *rule)
+    axes = rule[0] if isinstance(rule[0], tuple) else (rule[0],)
+    if shape[-1] % math.prod(mesh.shape[axis] for axis in axes):
+        return PartitionSpec()
+    return PartitionSpec(*[None] * (len(shape) - 1), rule[0])
 
 
 def storage(tree: Tree, mesh: Any) -> Tree:

@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec
 
 from tav_jax import sharding
 from tav_jax.collectives import collective_bytes
-from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
 from tav_jax.partition import TRAINABLE_MODULES, label_params, make_optimizer
 from tav_jax.pipeline import compile_train_step, ddim_invert_loop, ddim_sample_loop
 from tav_jax.published_config import read_schedule
@@ -20,36 +19,21 @@ from tav_jax.v1_4 import CONFIGS
 MESHES = [(1, 8, 1), (2, 4, 1), (1, 1, 8), (2, 2, 2)]
 FRAMES, SIDE = 8, 8
 SCHEDULE = read_schedule(CONFIGS["scheduler"])
-SMALL = UNetConfig(
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=(8, 16),
-    down_attention=(True, False),
-    up_attention=(False, True),
-    num_attention_heads=(2, 2),
-    layers_per_block=1,
-    cross_attention_dim=8,
-    norm_num_groups=4,
-    norm_eps=1e-5,
-    use_linear_projection=False,
-    flip_sin_to_cos=True,
-    freq_shift=0.0,
-)
 
 
 def mesh_of(sizes, frames=FRAMES):
     return make_mesh(dict(zip(AXES, sizes, strict=True)), frames=frames)
 
 
+@pytest.fixture(scope="module")
+def unet(tiny_unet):
+    return tiny_unet
+
+
 @pytest.fixture(autouse=True)
 def every_kernel_in_parts(monkeypatch):
     """However small: otherwise nothing in networks of these sizes would be."""
     monkeypatch.setattr(sharding, "WORTH_PARTING", 1)
-
-
-@pytest.fixture(scope="module")
-def unet(random_network):
-    return random_network(UNet3DConditionModel, SMALL)
 
 
 def clip(channels, frames=FRAMES):
@@ -129,10 +113,10 @@ def sent(unet, sizes, frames):
 
 
 def test_what_is_sent_grows_with_the_boundary_and_not_with_the_video(unet):
-    # Transformers of SMALL: two of width 8 on the fine grid, on the way down, and twice up, one of
-    # 16 in the middle.
+    # Its transformers have width 8 on the fine grid, one on the way down and two up, and 16 on the
+    # coarse one, in the middle.
     of_one_frame = 4 * SIDE**2 * 8 * 3 + 4 * (SIDE // 2) ** 2 * 16  # bytes of float32
-    devices, groups, resnets = 8, SMALL.norm_num_groups, 8
+    devices, groups, resnets = 8, unet.config.norm_num_groups, 8
     eight, sixteen = (sent(unet, (1, devices, 1), frames) for frames in (8, 16))
     # Keys and values of frame 0, and of the frame before the device's first.
     assert eight["all-reduce"] == sixteen["all-reduce"] == 2 * of_one_frame
@@ -209,10 +193,13 @@ def test_meshes_that_cannot_be(sizes, frames, message):
 def test_large_kernels_are_stored_in_parts_and_the_rest_whole(monkeypatch):
     monkeypatch.setattr(sharding, "WORTH_PARTING", 2**14)
     mesh = mesh_of((1, 1, 8))
-    assert storage_spec("conv1.kernel", (3, 3, 320, 320), mesh) == PartitionSpec(
+    assert storage_spec("0.conv1.kernel", (3, 3, 320, 320), mesh) == PartitionSpec(
         None, None, None, "fsdp"
     )
-    assert storage_spec("to_q.kernel", (320, 320), mesh) == PartitionSpec(None, "fsdp")
-    assert storage_spec("to_q.kernel", (64, 64), mesh) == PartitionSpec()
+    assert storage_spec("attn1.to_k.kernel", (320, 320), mesh) == PartitionSpec(None, "fsdp")
+    assert storage_spec("attn1.to_k.kernel", (64, 64), mesh) == PartitionSpec()
+    trained = PartitionSpec(None, ("frames", "fsdp"))
+    for name in ("attn1.to_q", "attn2.to_q", "attn_temp.to_k", "attn_temp.to_out.0"):
+        assert storage_spec(f"0.{name}.kernel", (320, 320), mesh) == trained
     assert storage_spec("conv_out.kernel", (3, 3, 20480, 4), mesh) == PartitionSpec()
     assert storage_spec("norm.scale", (32768,), mesh) == PartitionSpec()
