@@ -26,4 +26,6 @@ gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone="$ZONE" --worker=all --command
     command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
     ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv
     ~/.local/bin/uv pip install --quiet --editable '.[tpu]'
+    # Between frames and positions beside computation; by default it is waited for.
+    export LIBTPU_INIT_ARGS=--xla_tpu_enable_async_all_to_all=true
     .venv/bin/python -m tav_jax.tune --config $arguments"
