@@ -12,4 +12,4 @@ python3 -m venv .venv
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/python tests/golden.py tests/golden
-.venv/bin/python -m pytest -n 2 tests
+.venv/bin/python -m pytest -n 2 --dist worksteal tests

@@ -23,19 +23,41 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Of which only tests of meshes use more than the first.
 jax.config.update("jax_num_cpu_devices", 8)
 
+# Compiling is most of the tests' time. LLVM's costly passes are left out, and fusions are written
+# in the older way, which takes half as long; `tests/golden.py` has it all as users have it.
 # What one test compiles the others load, those of pytest-xdist's other workers and the processes
 # that tests start among them: all inherit this folder, which is the session's and never the user's.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     folder = tempfile.mkdtemp(prefix="tav_jax-tests-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ |= {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {quick}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "JAX_COMPILATION_CACHE_DIR": folder,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture
+def optimized():
+    """Compiles as much better as users do: for what is large, or measured."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session")
+def users_environment() -> dict[str, str]:
+    """Of processes that compile everything themselves, and as they do for users."""
+    ours = {"XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"}
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return kept | {"JAX_COMPILATION_CACHE_DIR": ""}
 
 
 @pytest.fixture(scope="session")

@@ -128,26 +128,6 @@ def write_clip(path: Path, frames: int = 12, side: int = 64) -> None:
     write_video(path, video)
 
 
-# Compiling is nearly all of these tests' time: LLVM's costly passes are left out.
-QUICK = "jax_disable_most_optimizations"
-
-
-@contextlib.contextmanager
-def compiling_quickly() -> Iterator[None]:
-    before = jax.config.values[QUICK]
-    jax.config.update(QUICK, True)
-    try:
-        yield
-    finally:
-        jax.config.update(QUICK, before)
-
-
-@pytest.fixture(scope="module")
-def quick_compiles() -> Iterator[None]:
-    with compiling_quickly():
-        yield
-
-
 _compiled: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, _, **info: (
@@ -251,7 +231,6 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     """Starts `python ARGS...` in a process of its own, as a user would."""
     common = os.environ | {
-        QUICK.upper(): "true",
         "PYTHONUNBUFFERED": "1",  # what a process said before it was killed is heard
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
@@ -292,7 +271,7 @@ def finished_run(material: Material, tmp_path_factory: pytest.TempPathFactory) -
     config = folder / "finished.yaml"
     config.write_text(yaml.safe_dump({"output_dir": str(folder / "run")} | material.settings))
     said = io.StringIO()
-    with compiling_quickly(), contextlib.redirect_stdout(said):
+    with contextlib.redirect_stdout(said):
         assert tune.main(["--config", str(config)]) == 0
     return FinishedRun(folder / "run", config, said.getvalue())
 

@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from tav_jax.scenes import text_to_image
 from tav_jax.stable_diffusion import SHIPPED, load_model
 
@@ -14,6 +16,7 @@ def test_the_model_is_found_by_its_name_and_is_small(tmp_path, monkeypatch):
     assert SHIPPED["tiny-scenes"] / "README.md" in files, "its model card"
 
 
+@pytest.mark.usefixtures("optimized")
 def test_pictures_show_what_captions_say(capsys, tmp_path):
     sheet = tmp_path / "sheet.png"
     arguments = ["--count", "40", "--guidance-scale", "3", "--sheet", str(sheet)]

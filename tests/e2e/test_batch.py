@@ -17,8 +17,6 @@ from tav_jax.plan import plan_jobs, read_plan
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture(scope="module")
 def batch_sample():

@@ -1,7 +1,6 @@
 """`python -m tav_jax.bench`: what it prints, and that its figures are of what they say."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -86,7 +85,7 @@ def test_more_frames_cost_in_proportion_or_squared():
 
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs pip install '.[tpu]'")
-def test_a_step_compiles_for_a_tpu_that_is_not_here():
+def test_a_step_compiles_for_a_tpu_that_is_not_here(users_environment):
     # In a process of its own, in which libtpu may be loaded.
     command = [sys.executable, "-m", "tav_jax.bench", "--aot", "v5e:2x2", "--json"]
     # 32x32 latents, so that the finest level has enough tokens for the kernel.
@@ -94,7 +93,7 @@ def test_a_step_compiles_for_a_tpu_that_is_not_here():
     command += ["--programs", "inversion_step", "--gradient-checkpointing", "full"]
     done = subprocess.run(
         command,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=users_environment | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=600,

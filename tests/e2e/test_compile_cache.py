@@ -13,17 +13,23 @@ from tav_jax.cli import command
 
 REPOSITORY = Path(__file__).parents[2]
 KEPT = "tav_jax/compiled"
+# By which all other tests share what they compile.
+SESSIONS_OWN = (
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
+)
 
 
 def tune(config, output_dir, caches) -> tuple[set[str], set[str]]:
     """Runs `tav_jax.tune` as a user would; returns the programs it loaded and those it compiled."""
-    environment = os.environ | {
+    environment = {name: value for name, value in os.environ.items() if name not in SESSIONS_OWN}
+    environment |= {
         "XDG_CACHE_HOME": str(caches),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "JAX_DEBUG_LOG_MODULES": "jax._src.compiler",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
-    del environment["JAX_COMPILATION_CACHE_DIR"]  # the tests' own, which is none
     arguments = ["-m", "tav_jax.tune", "--config", str(config), f"output_dir={output_dir}"]
     done = subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True
@@ -52,8 +58,10 @@ def test_a_second_start_compiles_nothing(write_config, tmp_path):
 @pytest.fixture
 def folder_after_a_command(monkeypatch, tmp_path):
     """Runs a command; returns where its programs are kept, and mends the settings afterwards."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: jax.config.values[name] for name in names}
+    before = {name.lower(): jax.config.values[name.lower()] for name in SESSIONS_OWN}
+    jax.config.update("jax_compilation_cache_dir", None)
+    for name in SESSIONS_OWN:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def run() -> str | None:
@@ -66,13 +74,11 @@ def folder_after_a_command(monkeypatch, tmp_path):
 
 
 def test_programs_are_kept_in_the_users_cache(folder_after_a_command, monkeypatch, tmp_path):
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     assert folder_after_a_command() == str(tmp_path / KEPT)
     assert (tmp_path / KEPT).is_dir()
 
 
 def test_without_xdg_that_is_in_the_home(folder_after_a_command, monkeypatch, tmp_path):
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert folder_after_a_command() == str(tmp_path / ".cache" / KEPT)
@@ -89,7 +95,6 @@ def test_without_xdg_that_is_in_the_home(folder_after_a_command, monkeypatch, tm
 def test_the_users_choice_stays(
     name, value, expected, folder_after_a_command, monkeypatch, tmp_path
 ):
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     before = jax.config.values[name]
     jax.config.update(name, value)
     try:
@@ -102,7 +107,6 @@ def test_the_users_choice_stays(
 def test_a_home_that_cannot_be_written_to_is_no_failure(
     folder_after_a_command, monkeypatch, tmp_path, capsys
 ):
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     (tmp_path / "tav_jax").write_text("a file where the folder would be")
     assert folder_after_a_command() is None
     assert capsys.readouterr().err == ""

@@ -12,8 +12,6 @@ import pytest
 
 from tav_jax import sample, tune
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CLIP = {"n_sample_frames": 8, "sample_frame_rate": 1}
 HEARTBEAT = 6  # seconds until a process that is gone is missed
 BOUND = 4 * HEARTBEAT  # seconds in which all have ended then
@@ -25,7 +23,7 @@ def losses(folder):
 
 
 @pytest.fixture(scope="module")
-def on_eight_devices(material, tmp_path_factory, quick_compiles):
+def on_eight_devices(material, tmp_path_factory):
     """A finished run on all of this process's devices, and its config."""
     folder = tmp_path_factory.mktemp("eight")
     settings = material.settings | {

@@ -14,8 +14,6 @@ import tav_jax.samples
 from tav_jax import sample
 from tav_jax.video import read_frames
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def read_video(path):
     return read_frames(path, n_sample_frames=4, width=32, height=32)

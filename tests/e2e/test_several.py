@@ -7,8 +7,6 @@ import yaml
 
 from tav_jax import tune
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture
 def write_clips(tmp_path):

@@ -27,8 +27,6 @@ FEW = [
     f"up_blocks.1.attentions.1.transformer_blocks.0.{name}" for name in ("attn2.to_q", "attn_temp")
 ]
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 PROMPTS = ["a ball is moving", "a square is moving, cartoon style", "a cat"]
 
 

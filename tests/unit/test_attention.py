@@ -166,6 +166,7 @@ def test_the_kernel_for_tpus_agrees_over_groups_of_keys(key, monkeypatch):
     np.testing.assert_allclose(ours, expected, atol=ROUNDING)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_scores_of_chunked_attention_never_exist_together():
     # 4,096 queries against 8,192 keys, of 8 heads, forward and back.
     query, key = (jax.ShapeDtypeStruct((1, 1, n, 8, 40), jnp.bfloat16) for n in (4096, 8192))

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 from functools import partial
@@ -166,7 +165,7 @@ for *shape, keys, width, dtype, precision in json.loads(sys.argv[1]):
 
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="the compiler for TPUs comes with libtpu")
-def test_a_tpu_v5e_has_room_for_the_kernels_and_never_holds_the_scores():
+def test_a_tpu_v5e_has_room_for_the_kernels_and_never_holds_the_scores(users_environment):
     cases = [
         (1, 8, 32768, 4096, 40, "bfloat16", "default"),
         (8, 8, 4096, 4096, 40, "bfloat16", "default"),
@@ -179,7 +178,7 @@ def test_a_tpu_v5e_has_room_for_the_kernels_and_never_holds_the_scores():
         [sys.executable, "-c", COMPILE, json.dumps(cases)],
         cwd=Path(__file__).parents[2],
         # No TPU is asked about itself, and others may compile for one at the same time.
-        env=os.environ
+        env=users_environment
         | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
         capture_output=True,
         text=True,

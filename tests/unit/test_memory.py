@@ -86,6 +86,7 @@ def test_other_errors_of_the_compiler_are_not_hidden():
         compile_plan(fail)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_planned_bytes_count_arguments_results_and_what_lies_between():
     # 4 MB in, 4 MB out, and between them a product of 4 MB that is read twice.
     x = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
@@ -93,6 +94,7 @@ def test_planned_bytes_count_arguments_results_and_what_lies_between():
     assert 12e6 <= planned_bytes(program) < 21e6
 
 
+@pytest.mark.usefixtures("optimized")
 def test_a_donated_argument_is_counted_once():
     x = jax.ShapeDtypeStruct((10**6,), jnp.float32)
 

@@ -46,14 +46,6 @@ def test_noise_without_seeds_is_refused(model):
 # Loops, whole and in parts
 
 
-@pytest.fixture(scope="module")
-def quick_compiles():
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -81,7 +73,6 @@ def texts_read(monkeypatch):
     return read
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
     ("run", "texts"),
     [
@@ -116,7 +107,7 @@ def test_a_loop_with_a_bar_is_the_same_program_with_the_same_result(
     np.testing.assert_array_equal(latents, given)  # still the caller's
 
 
-@pytest.mark.usefixtures("quick_compiles", "terminal")
+@pytest.mark.usefixtures("terminal")
 def test_a_network_that_has_been_put_on_a_device_needs_no_second_program(model, caplog):
     there = model.with_unet(jax.device_put(model.unet, jax.devices()[0]))
     latents = tav.random_latents(model, [5], 2, 16, 8)
