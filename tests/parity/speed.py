@@ -1,20 +1,26 @@
-"""Times guided and tuning steps on the CPU, ours and PyTorch's in turns; or measures their memory.
+"""Times guided and tuning steps, ours and PyTorch's in turns; or measures their memory.
 
     python tests/parity/speed.py --pairs 7 --at-most guided=0.77 tuning=0.77 whole=0.5
     python tests/parity/speed.py --memory
+    python tests/parity/speed.py --network v1-4 --size 64 --precision bf16 --device cuda \\
+        --attention sdpa --channels-last --compile --pairs 30
 
-Some four minutes each on two idle cores, up to 10 GB. A U-Net of 19 million parameters, an
-autoencoder of 5 and a text encoder of 3, in v1-4's layout, float32, the same weights and inputs on
-both sides, which must first give the same numbers. PyTorch runs with as many threads as there are
-cores, and with the faster of its two attentions (and, with `--compile`, of eager and
-`torch.compile`, which needs a C++ compiler and some minutes more).
+By default a small network of v1-4's layout in float32, 19 million parameters with an autoencoder of
+5 and a text encoder of 3: on a CPU some four minutes each on two idle cores, up to 10 GB. The same
+random weights and inputs are on both sides, which must first give the same numbers. PyTorch runs
+with as many threads as there are cores, and with the fastest of what it is let try: its two
+attentions and, where asked, channels-last and `torch.compile`, which needs a C++ compiler and some
+minutes more.
+
+Both sides share the device, one at work at a time. With `--precision bf16` frozen weights are
+bfloat16 and trained ones float32 on both sides, as in the published mixed precision.
 
 A tuning step is the U-Net's part alone. A whole one, as published, encodes clip and caption anew
 each time; ours draws from the posterior of the clip that it has encoded once.
 
 Exit status 1 if the numbers differ, or if a step's median ratio is over its `--at-most`.
-`--memory` prints the peak of resident memory of each step, alone in a fresh process that holds
-one side's libraries only.
+`--memory` prints the peak of memory of each step, alone in a fresh process that holds one side's
+libraries only: resident memory, or the GPU's as each library counts its own.
 """
 
 import argparse
@@ -25,76 +31,92 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import numpy as np
-import optax
 
-import tav_jax as tav
-from tav_jax import published_config, weights
-from tav_jax.models.clip import CLIPTextModel
-from tav_jax.models.unet import UNet3DConditionModel
-from tav_jax.models.vae import AutoencoderKL
+from ours import Ours, make_schedule
+from ours import peak_device_bytes as our_peak
+from tav_jax.models.attention import AttentionImplementation
+from tav_jax.v1_4 import CONFIGS
+from tav_jax.workload import GUIDANCE_SCALE, LEARNING_RATE, NETWORKS, TEXT_TOKENS
 
-if TYPE_CHECKING:  # PyTorch's libraries would count in our peak memory
+if TYPE_CHECKING:  # PyTorch is imported late: it is not needed to print the help
     from theirs import Theirs
 
-TEXT_TOKENS = 77
-SETTING: dict[str, Any] = {
-    "unet": {
-        "_class_name": "UNet3DConditionModel",
-        "attention_head_dim": 8,
-        "block_out_channels": [64, 128, 160, 160],
-        "cross_attention_dim": 256,
-        "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
-        "in_channels": 4,
-        "layers_per_block": 2,
-        "norm_eps": 1e-5,
-        "norm_num_groups": 32,
-        "out_channels": 4,
-        "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
-    },
-    "vae": {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": [32, 64, 128, 128],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "in_channels": 3,
-        "latent_channels": 4,
-        "layers_per_block": 2,
-        "norm_num_groups": 32,
-        "out_channels": 3,
-        "scaling_factor": 0.18215,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    },
-    "text_encoder": {
-        "model_type": "clip_text_model",
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "hidden_act": "quick_gelu",
+# What `NETWORKS` has no need of: how each one's text encoder differs from v1-4's.
+TEXT_ENCODERS: dict[str, dict[str, Any]] = {
+    "v1-4": {},
+    "small": {
         "hidden_size": 256,
         "intermediate_size": 1024,
-        "layer_norm_eps": 1e-5,
-        "max_position_embeddings": TEXT_TOKENS,
         "num_attention_heads": 4,
         "num_hidden_layers": 4,
         "vocab_size": 1000,
     },
-    "guidance_scale": 12.5,  # the paper's
-    "learning_rate": 3e-5,
-    "weight_decay": 1e-2,
-    "max_grad_norm": 1.0,
 }
+DTYPES = {"no": "float32", "bf16": "bfloat16"}
 STEPS = {
     "guided": "guided step",
     "tuning": "tuning step",
     "whole": "whole tuning step",
 }
 SETTLING = 0.5  # seconds
-TOLERANCE = 1e-4  # relative: one pass of a float32 network and back, sums in another order
+# Relative: one pass of the network and back, in float32 with sums in another order. In bfloat16
+# each side rounds after every layer: 7 % apart after guidance, which enlarges it, else 3 %.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.15}
 
 Inputs = dict[str, np.ndarray]
+Setting = Mapping[str, Any]
 Run = Callable[[], Any]
+
+
+def make_setting(args: argparse.Namespace, device: str) -> Setting:
+    """Returns what both sides compute with: published configs, the paper's numbers, types."""
+    changes = NETWORKS[args.network] | {"text_encoder": TEXT_ENCODERS[args.network]}
+    parts = ("unet", "vae", "text_encoder")
+    return {part: CONFIGS[part] | changes.get(part, {}) for part in parts} | {
+        "guidance_scale": GUIDANCE_SCALE,
+        "learning_rate": LEARNING_RATE,
+        "weight_decay": 1e-2,
+        "max_grad_norm": 1.0,
+        "device": device,
+        "dtype": DTYPES[args.precision],
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "our_attention": args.our_attention,
+    }
+
+
+def choose_device(wanted: str | None) -> str:
+    """Returns "cpu" or "cuda", and keeps JAX to it, here and in children.
+
+    Raises:
+        SystemExit: a GPU is wanted, and not both libraries have one.
+    """
+    import torch
+
+    # JAX reads this when it first looks for devices, and would else leave PyTorch a quarter.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        jax.config.update("jax_platforms", "cpu")  # JAX, imported, has read the above already
+    found = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    if wanted == "cuda" and found != "cuda":
+        raise SystemExit(
+            f"--device cuda: PyTorch {'has one' if torch.cuda.is_available() else 'has none'}, "
+            f"JAX runs on {jax.default_backend()}; both need a build for CUDA"
+        )
+    return found
+
+
+def device_title(device: str) -> str:
+    import torch
+
+    if device == "cpu":
+        return f"{len(os.sched_getaffinity(0))} threads"
+    name = torch.cuda.get_device_name()
+    return f"{name}, jax {jax.__version__}, torch {torch.__version__}"
 
 
 def relative_error(ours, theirs) -> float:
@@ -102,31 +124,17 @@ def relative_error(ours, theirs) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
-def milliseconds(run: Run) -> float:
-    # Threads go on spinning for a while after their work, and would take a core from the other
-    # side's.
-    time.sleep(SETTLING)
+def milliseconds(run: Run, settling: float) -> float:
+    time.sleep(settling)
     start = time.perf_counter()
     run()
     return 1000 * (time.perf_counter() - start)
 
 
-def make_schedule() -> tav.NoiseSchedule:
-    # Of two timesteps, so that one step spans it all and the prediction weighs in the result.
-    return tav.make_schedule(
-        num_train_timesteps=2,
-        beta_start=0.1,
-        beta_end=0.9,
-        beta_schedule="scaled_linear",
-        prediction_type="epsilon",
-        set_alpha_to_one=False,
-    )
-
-
-def draw_inputs(frames: int, size: int) -> Inputs:
+def draw_inputs(setting: Setting, frames: int, size: int) -> Inputs:
     """Returns what both sides compute from, channels last."""
     rng = np.random.default_rng(0)
-    text, factor = SETTING["text_encoder"], 2 ** (len(SETTING["vae"]["block_out_channels"]) - 1)
+    text, factor = setting["text_encoder"], 2 ** (len(setting["vae"]["block_out_channels"]) - 1)
     states = (1, TEXT_TOKENS, text["hidden_size"])
     pixels = (1, frames, factor * size, factor * size, 3)
     return {
@@ -134,175 +142,130 @@ def draw_inputs(frames: int, size: int) -> Inputs:
         "context": rng.standard_normal(states, np.float32),
         "negative_context": rng.standard_normal(states, np.float32),
         "pixel_values": 2 * rng.random(pixels, np.float32) - 1,
-        "input_ids": rng.integers(text["vocab_size"], size=(1, TEXT_TOKENS)),
+        "input_ids": rng.integers(text["vocab_size"], size=(1, TEXT_TOKENS)).astype(np.int32),
         "alphas_cumprod": np.asarray(make_schedule().alphas_cumprod),
     }
 
 
-class Ours:
-    """The steps, compiled as `tav_jax.pipeline` compiles them."""
-
-    def __init__(
-        self, setting: Mapping[str, Any], inputs: Inputs, gradient_checkpointing: str = "none"
-    ):
-        self.setting, self.inputs, self.schedule = setting, inputs, make_schedule()
-        unet_config = published_config.read_unet_config(setting["unet"])
-        vae_config = published_config.read_vae_config(setting["vae"])
-        text_config = published_config.read_text_config(setting["text_encoder"])
-        unet_key, vae_key, text_key = jax.random.split(jax.random.key(0), 3)
-        unet = tav.init_network(UNet3DConditionModel, unet_config, unet_key)
-        unet = unet.with_config(gradient_checkpointing=gradient_checkpointing)
-        self.vae = tav.init_network(AutoencoderKL, vae_config, vae_key)
-        self.text_encoder = tav.init_network(CLIPTextModel, text_config, text_key)
-
-        labels = tav.label_params(unet.params, tav.TRAINABLE_MODULES)
-        optimizer = tav.make_optimizer(
-            labels,
-            setting["learning_rate"],
-            adam_weight_decay=setting["weight_decay"],
-            max_grad_norm=setting["max_grad_norm"],
-        )
-        self.state = tav.init_state(unet, optimizer, jax.random.key(0))
-        self._train_step = tav.compile_train_step(
-            self.vae.config.scaling_factor, optimizer=optimizer, labels=labels
-        )
-        self._sample = jax.jit(tav.ddim_sample, static_argnames="num_inference_steps")
-        self._encode_text = jax.jit(lambda text_encoder, ids: text_encoder(ids))
-        self._encode_video = jax.jit(lambda vae, pixel_values: vae.bind().encode(pixel_values))
-
-    def encode(self) -> None:
-        """Encodes clip and caption, as a run of `tav_jax.tune` does once before its first step."""
-        self.moments, self.context = jax.block_until_ready(
-            (
-                self._encode_video(self.vae, self.inputs["pixel_values"]),
-                self._encode_text(self.text_encoder, self.inputs["input_ids"]),
-            )
-        )
-
-    def first_draw(self) -> tav.Draw:
-        """Returns what the first tuning step draws."""
-        key = jax.random.fold_in(jax.random.fold_in(self.state.key, 0), 0)
-        return tav.draw_batch(key, self.moments, self.schedule, self.vae.config.scaling_factor)
-
-    def tuning(self) -> dict[str, jax.Array]:
-        self.state, metrics = self._train_step(
-            self.state, self.moments, self.context, self.schedule
-        )
-        return jax.block_until_ready(metrics)
-
-    whole = tuning  # nothing is encoded again
-
-    def guided(self) -> jax.Array:
-        """Returns the latents after the schedule's one step, from timestep 1 to the end."""
-        return jax.block_until_ready(
-            self._sample(
-                self.state.unet,
-                self.schedule,
-                self.inputs["latents"],
-                self.inputs["context"],
-                self.inputs["negative_context"],
-                self.setting["guidance_scale"],
-                num_inference_steps=1,
-            )
-        )
-
-    def tensors(self) -> dict[str, dict[str, np.ndarray]]:
-        """Returns every network's parameters as a published checkpoint has them."""
-        networks = {"unet": self.state.unet, "vae": self.vae, "text_encoder": self.text_encoder}
-        return {
-            part: dict(weights.to_tensor(k, np.asarray(v)) for k, v in network.params.items())
-            for part, network in networks.items()
-        }
-
-    def first_moments(self) -> dict[str, np.ndarray]:
-        """Returns Adam's mean of the gradients: after one step a fixed share of the gradient."""
-        moments = optax.tree.get(self.state.opt_state, "mu")
-        moments = {k: np.asarray(v) for k, v in moments.items() if isinstance(v, jax.Array)}
-        return dict(weights.to_tensor(*item) for item in moments.items())
-
-
 def differences(ours: Ours, theirs: "Theirs") -> dict[str, float]:
     """Returns relative errors of what was encoded and, after its first run, of each step."""
+    from theirs import to_numpy
+
     posterior, context = theirs.encode()
-    moments = np.concatenate([posterior.mean, posterior.logvar], axis=1)
+    moments = np.concatenate([to_numpy(x) for x in (posterior.mean, posterior.logvar)], axis=1)
     errors = {
         "encoded clip: moments": relative_error(ours.moments[0], np.moveaxis(moments, 1, -1)),
-        "encoded caption: states": relative_error(ours.context, context),
+        "encoded caption: states": relative_error(ours.context, to_numpy(context)),
     }
-    sampled, expected = ours.guided(), theirs.guided()
-    metrics, (loss, grad_norm) = ours.tuning(), theirs.tuning()
+    sampled, expected = ours.guided(), to_numpy(theirs.guided())
+    metrics, (loss, grad_norm) = ours.tuning(), map(to_numpy, theirs.tuning())
     means = ours.first_moments()
     if means.keys() != theirs.trained.keys():
         raise ValueError(f"trained differently: {sorted(means.keys() ^ theirs.trained.keys())}")
+    state = theirs.optimizer.state
     gradients = [
         np.concatenate([np.ravel(tensors[name]) for name in sorted(means)])
         for tensors in (
             means,
-            {k: theirs.optimizer.state[v]["exp_avg"] for k, v in theirs.trained.items()},
+            {k: to_numpy(state[v]["exp_avg"]) for k, v in theirs.trained.items()},
         )
     ]
     return errors | {
-        "guided step: latents": relative_error(sampled, np.moveaxis(expected.numpy(), 1, -1)),
+        "guided step: latents": relative_error(sampled, np.moveaxis(expected, 1, -1)),
         "tuning step: loss": relative_error(metrics["loss"], loss),
         "tuning step: grad_norm": relative_error(metrics["grad_norm"], grad_norm),
         "tuning step: gradients": relative_error(*gradients),
     }
 
 
-def in_turns(ours: Run, theirs: Run, pairs: int) -> tuple[list[float], list[float]]:
+def in_turns(
+    ours: Run, theirs: Run, pairs: int, settling: float
+) -> tuple[list[float], list[float]]:
     """Returns milliseconds of each run, one of ours, one of theirs, one of ours ..."""
-    times = [(milliseconds(ours), milliseconds(theirs)) for _ in range(pairs)]
+    times = [(milliseconds(ours, settling), milliseconds(theirs, settling)) for _ in range(pairs)]
     return [a for a, _ in times], [b for _, b in times]
 
 
+def fastest_of(
+    variants: Sequence["Theirs"], step: str, settling: float
+) -> tuple["Theirs", dict[str, float]]:
+    """Returns PyTorch's fastest variant at a step, and milliseconds of each that ran."""
+    best = {}
+    for variant in variants:
+        run = getattr(variant, step)
+        try:
+            run()
+        except Exception as error:  # of as many kinds as compiling can fail
+            if not variant.compiled:
+                raise
+            reason = (str(error).strip() or repr(error)).split("\n")[0]
+            print(f"{STEPS[step]}: PyTorch without {variant.name}: {reason}")
+            continue
+        best[variant.name] = min(milliseconds(run, settling) for _ in range(2))
+    fastest = min((v for v in variants if v.name in best), key=lambda v: best[v.name])
+    return fastest, best
+
+
 def compare_speed(
+    setting: Setting,
     inputs: Inputs,
     pairs: int,
     at_most: dict[str, float],
-    attentions: Sequence[str],
-    *,
-    compiled: bool,
+    variants_of_theirs: Sequence[dict[str, Any]],
 ) -> bool:
-    """Prints differences and times; tells whether all are as they should be."""
-    from theirs import Theirs
+    """Prints differences and times; tells whether all are as they should be.
 
-    ours = Ours(SETTING, inputs)
+    Args:
+        variants_of_theirs: What PyTorch may try, as `Theirs` takes it; the first is the one whose
+            numbers are compared, and none but compiled ones may fail.
+    """
+    from theirs import Theirs
+    from theirs import peak_device_bytes as their_peak
+
+    on_gpu = setting["device"] == "cuda"
+    # A CPU's threads go on spinning for a while after their work, and would take a core from the
+    # other side's. A GPU's clock would only fall.
+    settling = 0.0 if on_gpu else SETTLING
+    ours = Ours(setting, inputs)
     ours.encode()
-    variants = [Theirs(SETTING, inputs, attention) for attention in attentions]
-    if compiled:
-        variants.append(Theirs(SETTING, inputs, "sdpa", compiled=True))
+    variants = [Theirs(setting, inputs, **variant) for variant in variants_of_theirs]
     tensors = ours.tensors()
     for variant in variants:
         variant.take_over(tensors, ours.first_draw(), ours.context)
     counts = {part: sum(x.size for x in network.values()) for part, network in tensors.items()}
+    del tensors
     print("parameters: " + ", ".join(f"{part} {count:,}" for part, count in counts.items()))
 
-    good = True
+    good, tolerance = True, TOLERANCES[setting["dtype"]]
     for name, error in differences(ours, variants[0]).items():
-        good &= error <= TOLERANCE
-        print(f"{name:24} {error:.1e} {'ok' if error <= TOLERANCE else 'OVER'}")
+        good &= error <= tolerance
+        print(f"{name:24} {error:.1e} {'ok' if error <= tolerance else 'OVER'}")
     if not good:
         return False
 
-    print(f"ours encodes clip and caption once, in {milliseconds(ours.encode):.0f} ms")
+    encoding = milliseconds(ours.encode, settling)
+    print(f"ours encodes clip and caption once, in {encoding:.0f} ms")
     for step, title in STEPS.items():
-        runs = {variant.attention: getattr(variant, step) for variant in variants}
-        best = {}
-        for attention, run in runs.items():
-            run()
-            best[attention] = min(milliseconds(run) for _ in range(2))
-        fastest = min(best, key=best.__getitem__)
-        a, b = in_turns(getattr(ours, step), runs[fastest], pairs)
+        fastest, best = fastest_of(variants, step, settling)
+        a, b = in_turns(getattr(ours, step), getattr(fastest, step), pairs, settling)
         ratios = [x / y for x, y in zip(a, b, strict=True)]
         ratio = statistics.median(ratios)
         over = ratio > at_most.get(step, float("inf"))
         good &= not over
-        tried = ", ".join(f"{attention} {ms:.0f}" for attention, ms in best.items())
+        digits = 1 if on_gpu else 0
+        tried = ", ".join(f"{name} {ms:.{digits}f}" for name, ms in best.items())
         print(
-            f"{title}: ours {statistics.median(a):.0f} ms, "
-            f"PyTorch {statistics.median(b):.0f} ms ({fastest}; tried {tried}), "
+            f"{title}: ours {statistics.median(a):.{digits}f} ms, "
+            f"PyTorch {statistics.median(b):.{digits}f} ms ({fastest.name}; tried {tried}), "
             f"ratio {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f} in {pairs} pairs)"
-            f"{f', OVER {at_most[step]}' if over else ''}"
+            f"{f', OVER {at_most[step]}' if over else ''}",
+            flush=True,
+        )
+    if on_gpu:
+        mine, other = our_peak() / 1e9, their_peak() / 1e9
+        print(
+            f"peak of the GPU's memory over all of this: ours {mine:.2f} GB, "
+            f"PyTorch {other:.2f} GB, with {len(variants)} networks of each kind"
         )
     return good
 
@@ -312,22 +275,25 @@ def compare_speed(
 CHILD = """
 import importlib, pickle, re, sys
 
-def peak():
+def peak_resident_bytes():
     kilobytes = re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]
-    return int(kilobytes) * 1024 / 1e9
+    return int(kilobytes) * 1024
 
-module, side, arguments, steps = pickle.load(sys.stdin.buffer)
-side = getattr(importlib.import_module(module), side)(**arguments)
+name, side, arguments, steps = pickle.load(sys.stdin.buffer)
+module = importlib.import_module(name)
+on_gpu = arguments["setting"]["device"] == "cuda"
+peak = module.peak_device_bytes if on_gpu else peak_resident_bytes
+side = getattr(module, side)(**arguments)
 before = peak()
 for step in steps:
     getattr(side, step)()
-strangers = {"jax", "torch"} & {*sys.modules} - {{"speed": "jax", "theirs": "torch"}[module]}
-print(before, peak(), *strangers)
+strangers = {"jax", "torch"} & {*sys.modules} - {{"ours": "jax", "theirs": "torch"}[name]}
+print(before / 1e9, peak() / 1e9, *strangers)
 """
 
 
 def peak_memory(module: str, side: str, arguments: dict, steps: list[str]) -> tuple[float, float]:
-    """Returns peak resident GB of a process before and after it ran some steps of one side."""
+    """Returns peak GB of a process before and after it ran some steps of one side."""
     child = subprocess.run(
         [sys.executable, "-c", CHILD],
         input=pickle.dumps((module, side, arguments, steps)),
@@ -341,27 +307,45 @@ def peak_memory(module: str, side: str, arguments: dict, steps: list[str]) -> tu
     return float(before), float(after)
 
 
-def compare_memory(inputs: Inputs) -> None:
-    """Prints peaks of both sides, what our compiler takes included."""
-    both = {"setting": SETTING, "inputs": inputs}
-    math, sdpa = (("theirs", "Theirs", both | {"attention": name}) for name in ("math", "sdpa"))
-    none, blocks = (
-        ("speed", "Ours", both | {"gradient_checkpointing": name}) for name in ("none", "blocks")
-    )
+def compare_memory(
+    setting: Setting, inputs: Inputs, attentions: Sequence[str], *, channels_last: bool
+) -> None:
+    """Prints peaks of both sides; in resident memory, what our compiler takes is included."""
+    checkpointings = ["none"]
+    if setting["gradient_checkpointing"] != "none":
+        checkpointings.append(setting["gradient_checkpointing"])
+    layout = " + channels-last" * channels_last
+
+    def under(checkpointing: str) -> dict[str, Any]:
+        setting_under = {**setting, "gradient_checkpointing": checkpointing}
+        return {"setting": setting_under, "inputs": inputs}
+
+    def pytorch(title: str, step: str, checkpointing: str = "none"):
+        kept = "" if checkpointing == "none" else f", checkpointing {checkpointing}"
+        for attention in attentions:
+            arguments = under(checkpointing) | {
+                "attention": attention,
+                "channels_last": channels_last,
+            }
+            row = f"{title}: PyTorch, {attention}{layout}{kept}"
+            yield row, ("theirs", "Theirs", arguments), [step] * 2
+
     # Each step twice: what PyTorch keeps between steps, and ours gives away, is there by then.
     once_and_tuning = ["encode", "tuning", "tuning"]
-    print(f"{'peak resident GB':46} start   peak  added")
-    for row, side, steps in (
-        ("whole tuning step: PyTorch, math", math, ["whole"] * 2),
-        ("whole tuning step: PyTorch, sdpa", sdpa, ["whole"] * 2),
+    none, blocks = (("ours", "Ours", under(name)) for name in ("none", "blocks"))
+    rows = [
+        *(row for name in checkpointings for row in pytorch("whole tuning step", "whole", name)),
         ("whole tuning step: ours", none, once_and_tuning),
         ("whole tuning step: ours, checkpointing blocks", blocks, once_and_tuning),
-        ("guided step: PyTorch, math", math, ["guided"] * 2),
-        ("guided step: PyTorch, sdpa", sdpa, ["guided"] * 2),
+        *pytorch("guided step", "guided"),
         ("guided step: ours", none, ["guided"] * 2),
-    ):
+    ]
+    wide = max(len(row) for row, _, _ in rows)
+    title = "peak GPU GB" if setting["device"] == "cuda" else "peak resident GB"
+    print(f"{title:{wide}}  start   peak  added")
+    for row, side, steps in rows:
         start, top = peak_memory(*side, steps)
-        print(f"{row:45} {start:6.2f} {top:6.2f} {top - start:6.2f}", flush=True)
+        print(f"{row:{wide}} {start:6.2f} {top:6.2f} {top - start:6.2f}", flush=True)
 
 
 def limit(text: str) -> tuple[str, float]:
@@ -371,20 +355,41 @@ def limit(text: str) -> tuple[str, float]:
     return step, float(ratio)
 
 
-def main() -> int:
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Time guided and tuning steps, ours and PyTorch's in turns.",
         epilog="example: python tests/parity/speed.py --pairs 7 --at-most guided=0.77 whole=0.5",
     )
+    parser.add_argument("--network", choices=list(TEXT_ENCODERS), default="small")
     parser.add_argument("--pairs", type=int, default=7, help="runs of each side (7)")
     parser.add_argument("--frames", type=int, default=8, help="frames of the clip (8)")
-    parser.add_argument("--size", type=int, default=32, help="side of the latent grid (32)")
+    parser.add_argument(
+        "--size", type=int, default=32, help="side of the latent grid (32; 64 for 512 pixels)"
+    )
+    parser.add_argument("--precision", choices=list(DTYPES), default="no", help="no: float32")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="by default cuda where both sides have one"
+    )
+    parser.add_argument(
+        "--gradient-checkpointing", choices=["none", "blocks"], default="none", help="of both sides"
+    )
     parser.add_argument(
         "--attention",
         choices=["math", "sdpa"],
         help="PyTorch's: the published code's on a CPU is math; by default the faster of both",
     )
-    parser.add_argument("--compile", action="store_true", help="try torch.compile too")
+    parser.add_argument(
+        "--our-attention", choices=get_args(AttentionImplementation), default="auto"
+    )
+    parser.add_argument(
+        "--channels-last", action="store_true", help="let PyTorch try channels-last too"
+    )
+    parser.add_argument(
+        "--compile",
+        "--compile-pytorch",
+        action="store_true",
+        help="let PyTorch try torch.compile too",
+    )
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument(
         "--at-most",
@@ -394,15 +399,29 @@ def main() -> int:
         metavar="STEP=RATIO",
         help=f"fail if a median ratio is over this; steps are {', '.join(STEPS)}",
     )
-    args = parser.parse_args()
-    cores = len(os.sched_getaffinity(0))
-    print(f"{args.frames} frames of {args.size}x{args.size}, {cores} threads")
-    inputs = draw_inputs(args.frames, args.size)
-    if args.memory:
-        compare_memory(inputs)
-        return 0
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = read_arguments()
+    device = choose_device(args.device)
+    setting = make_setting(args, device)
+    print(
+        f"{args.network}, {setting['dtype']}, {args.frames} frames of {args.size}x{args.size}, "
+        f"{device_title(device)}",
+        flush=True,
+    )
+    inputs = draw_inputs(setting, args.frames, args.size)
     attentions = [args.attention] if args.attention else ["math", "sdpa"]
-    good = compare_speed(inputs, args.pairs, dict(args.at_most), attentions, compiled=args.compile)
+    if args.memory:
+        compare_memory(setting, inputs, attentions, channels_last=args.channels_last)
+        return 0
+    variants: list[dict[str, Any]] = [{"attention": name} for name in attentions]
+    if args.compile:
+        variants.append({"attention": "sdpa", "compiled": True})
+    if args.channels_last:
+        variants += [variant | {"channels_last": True} for variant in variants]
+    good = compare_speed(setting, inputs, args.pairs, dict(args.at_most), variants)
     return 0 if good else 1
 
 

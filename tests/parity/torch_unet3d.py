@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812, as PyTorch users write it
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 TRAINED_MODULES = ("attn1.to_q", "attn2.to_q", "attn_temp")
 
@@ -64,6 +65,7 @@ class Shared(NamedTuple):
     context_width: int
     linear_projection: bool
     attend: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    checkpointing: bool
 
 
 class InflatedConv(nn.Conv2d):
@@ -193,10 +195,18 @@ class Block(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(n, width, shared) for n in inputs)
         self.attentions = nn.ModuleList(Transformer(width, heads, shared) for _ in range(attended))
         self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
+        self.checkpointing = shared.checkpointing
 
     def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
-        x = self.resnets[i](x, temb)
-        return self.attentions[i](x, context) if i < len(self.attentions) else x
+        x = self.run(self.resnets[i], x, temb)
+        return self.run(self.attentions[i], x, context) if i < len(self.attentions) else x
+
+    def run(self, module: nn.Module, *inputs: Tensor) -> Tensor:
+        """Returns module(*inputs), for the gradient made again unless all is to be kept."""
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return module(*inputs)
+        # Nothing is drawn at random, so there is no state of a generator to restore.
+        return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def resampler(width: int, stride: int) -> nn.Module:
@@ -210,9 +220,11 @@ class UNet3D(nn.Module):
     Args:
         config: a published `unet/config.json`, of the image network or of a tuned one.
         attention: "math" (as published) or "sdpa" (fused kernels).
+        gradient_checkpointing: "none", or "blocks": of residual blocks and transformers only the
+            inputs are kept.
     """
 
-    def __init__(self, config: dict, attention: str = "math"):
+    def __init__(self, config: dict, attention: str = "math", gradient_checkpointing: str = "none"):
         super().__init__()
         widths, depth = config["block_out_channels"], config["layers_per_block"]
         top = len(widths) - 1
@@ -226,6 +238,7 @@ class UNet3D(nn.Module):
             context_width=config["cross_attention_dim"],
             linear_projection=config.get("use_linear_projection", False),
             attend={"math": math_attention, "sdpa": sdpa_attention}[attention],
+            checkpointing={"none": False, "blocks": True}[gradient_checkpointing],
         )
         self.conv_in = InflatedConv(config["in_channels"], widths[0], 3, padding=1)
         self.time_embedding = nn.Sequential(
