@@ -1,5 +1,6 @@
 """The README's programs run as printed."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,12 +11,13 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_programs_of_the_readme_run_as_printed(tmp_path):
     programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(programs) == 2
+    assert len(programs) == 3
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    # The second goes on from where the first ended.
+    # Each goes on from where the one before ended, the last on the two devices that there are.
     done = subprocess.run(
         [sys.executable, "-c", "".join(programs)],
         cwd=tmp_path,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
         capture_output=True,
         text=True,
         check=False,

@@ -447,9 +447,13 @@ def test_every_setting_makes_a_difference():
             another = replace(config, **{field.name: _another(config, field)})
             assert another != config
             assert differences(another, config) == []
-        elif field.name not in ("train_data", "validation_data"):
+        elif field.name not in ("train_data", "validation_data", "mesh"):
             [line] = differences(replace(config, **{field.name: _another(config, field)}), config)
             assert line.startswith(f"{field.name}: ")
+    for size in fields(config.mesh):
+        another = replace(config, mesh=replace(config.mesh, **{size.name: 3}))
+        assert another != config
+        assert differences(another, config) == []
     for section in ("train_data", "validation_data"):
         for field in fields(getattr(config, section)):
             if field.name in ("video_length", "width", "height"):
