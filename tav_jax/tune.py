@@ -60,14 +60,14 @@ from tav_jax.types import Context, Moments
 # and the temporal attention's inner projections get no gradient before its output has moved.
 STEPS_BEFORE_CHECK = 3
 
-
 # Steps between two looks at the metrics, which wait for the device, are at most these and else as
 # many as are done in a second.
 MOST_STEPS_UNSEEN = 100
 
+# By what `step_settings` gives, tuning steps with the preset that fits.
+Programs = dict[TuneConfig, tuple[GradientCheckpointing, Callable]]
 
-Programs = dict[Any, tuple[GradientCheckpointing, Callable]]
-
+# Jitted here, so that several clips compile it once.
 fingerprint = jax.jit(fingerprints)
 
 
