@@ -216,14 +216,10 @@ def table(rows: Sequence[dict[str, Any]], names: Sequence[str], rate: float | No
                 f"{row[f'{name}_tflop']:9.3f} {'-' if speed is None else speed:>9} {share:>10} "
                 f"{row[f'{name}_planned_bytes'] / 1e9:11.2f}"
             )
-        sent = {
-            name: row[f"{name}_collective_bytes"]
-            for name in names
-            if f"{name}_collective_bytes" in row
-        }
-        for name, kinds in sent.items():
-            each = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in sorted(kinds.items()))
-            lines.append(f"  {name:15} MB from other devices: {each}")
+        for name in names:
+            if kinds := row.get(f"{name}_collective_bytes"):
+                each = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in sorted(kinds.items()))
+                lines.append(f"  {name:15} MB from other devices: {each}")
         if "peak_bytes" in row:
             lines.append(f"  peak so far {row['peak_bytes'] / 1e9:.2f} GB")
     return "\n".join(lines)

@@ -1,9 +1,10 @@
 """How a run lies on several devices: the only room that knows a mesh.
 
 A mesh has three axes. Prompts, seeds and batched draws go along `data`; a video's frames along
-`frames` and `fsdp` together; large parameters are stored in parts along `fsdp`, and each layer's
-are gathered for its use. A network runs on each device's own frames by `over_frames`, and what it
-needs of others' it asks for in `tav_jax.models.frames`; all around it is left to the compiler.
+`frames` and `fsdp` together; large parameters are stored in parts along `fsdp`, what trains along
+both, and each layer's are gathered for its use. A network runs on each device's own frames by
+`over_frames`, and what it needs of others' it asks for in `tav_jax.models.frames`; all around it is
+left to the compiler.
 
 With no mesh in force, or on one device, everything here is the identity.
 """
@@ -27,13 +28,13 @@ from tav_jax.types import Denoiser
 DATA_AXIS = "data"
 AXES = (DATA_AXIS, *FRAME_AXES)
 
-# How leaves are stored, by the end of their name; the first that matches counts. A spec is of the
-# leaf's last axis. Adam's moments lie as their parameters do.
-STORAGE_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+# Along which axes a leaf's last one is cut, by the end of its name; the first that matches counts.
+# Adam's moments lie as their parameters do.
+STORAGE_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     # What the method trains: its gradients are then summed in parts, each where its Adam lies.
-    (r"\.(to_q|attn_temp\.\w+(\.0)?)\.kernel$", PartitionSpec(FRAME_AXES)),
-    (r"\.(kernel|embedding)$", PartitionSpec("fsdp")),
-    (r"", PartitionSpec()),
+    (r"\.(to_q|attn_temp\.\w+(\.0)?)\.kernel$", FRAME_AXES),
+    (r"\.(kernel|embedding)$", ("fsdp",)),
+    (r"", ()),
 )
 # Numbers of a leaf from which parting it saves more than gathering it costs.
 WORTH_PARTING = 2**14
@@ -139,13 +140,11 @@ def video_spec(mesh: Any, shape: tuple[int, ...]) -> PartitionSpec:
 
 def storage_spec(name: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     """Returns how a leaf is stored, by its name; whole if it is small or does not divide."""
-    rule = next(spec for pattern, spec in STORAGE_RULES if re.search(pattern, name))
-    if not rule or math.prod(shape) < WORTH_PARTING:
+    axes = next(axes for pattern, axes in STORAGE_RULES if re.search(pattern, name))
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    if not axes or math.prod(shape) < WORTH_PARTING or shape[-1] % parts:
         return PartitionSpec()
-    axes = rule[0] if isinstance(rule[0], tuple) else (rule[0],)
-    if shape[-1] % math.prod(mesh.shape[axis] for axis in axes):
-        return PartitionSpec()
-    return PartitionSpec(*[None] * (len(shape) - 1), rule[0])
+    return PartitionSpec(*[None] * (len(shape) - 1), axes)
 
 
 def storage(tree: Tree, mesh: Any) -> Tree:
@@ -191,7 +190,10 @@ def _place(value: Any, sharding: NamedSharding) -> Array:
 
 def fetched(tree: Any) -> Any:
     """Returns a tree of arrays in every process's memory, wherever their parts lie."""
-    mesh = jax.sharding.get_mesh()
-    if not mesh.empty and jax.process_count() > 1:
-        tree = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+    if jax.process_count() > 1 and not jax.sharding.get_abstract_mesh().empty:
+        tree = _whole(tree)
     return jax.device_get(tree)
+
+
+# Jitted here, so that each shape compiles once and not at every call.
+_whole = jax.jit(lambda tree: jax.lax.with_sharding_constraint(tree, PartitionSpec()))

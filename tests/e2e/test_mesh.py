@@ -9,17 +9,13 @@ import time
 
 import numpy as np
 import pytest
+from run_lines import losses
 
 from tav_jax import sample, tune
 
 CLIP = {"n_sample_frames": 8, "sample_frame_rate": 1}
 HEARTBEAT = 6  # seconds until a process that is gone is missed
 BOUND = 4 * HEARTBEAT  # seconds in which all have ended then
-
-
-def losses(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 @pytest.fixture(scope="module")

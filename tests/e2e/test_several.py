@@ -1,9 +1,8 @@
 """`python -m tav_jax.tune --clips`: several runs in one job."""
 
-import json
-
 import pytest
 import yaml
+from run_lines import losses
 
 from tav_jax import tune
 
@@ -16,11 +15,6 @@ def write_clips(tmp_path):
         return path
 
     return write
-
-
-def losses(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def test_clips_are_tuned_one_after_another_and_only_the_first_compiles(

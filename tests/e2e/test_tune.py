@@ -1,6 +1,5 @@
 """`python -m tav_jax.tune`, from its config file to the files it leaves."""
 
-import json
 import shutil
 import signal
 import time
@@ -11,6 +10,7 @@ import optax
 import pytest
 import yaml
 from PIL import Image
+from run_lines import read_lines, read_metrics
 from safetensors.numpy import load_file, save_file
 
 from tav_jax import tune
@@ -33,15 +33,6 @@ PROMPTS = ["a ball is moving", "a square is moving, cartoon style", "a cat"]
 def snapshot(folder):
     """Every file below a folder with its time of writing."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-
-def read_lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def read_metrics(folder):
-    """The lines of steps, without those that say where the time went."""
-    return [line for line in read_lines(folder) if "stage" not in line]
 
 
 def without_seconds(lines):
