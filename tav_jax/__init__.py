@@ -18,15 +18,20 @@ logging.getLogger("transformers").addFilter(
     lambda record: "PyTorch was not found" not in record.getMessage()
 )
 
-from tav_jax.models.attention import sparse_causal_attention  # noqa: E402
+from tav_jax.diffusion.samplers import ddim_invert, ddim_sample, dpm_solver_sample  # noqa: E402
+from tav_jax.diffusion.schedule import (  # noqa: E402
+    NoiseSchedule,
+    add_noise,
+    ddim_inverse_step,
+    ddim_step,
+    ddim_timesteps,
+    make_schedule,
+    velocity,
+)
+from tav_jax.models.attention.dispatch import sparse_causal_attention  # noqa: E402
 from tav_jax.models.network import Network, init_network, parameter_shapes  # noqa: E402
 from tav_jax.models.vae import sample_posterior  # noqa: E402
-from tav_jax.partition import (  # noqa: E402
-    TRAINABLE_MODULES,
-    label_params,
-    make_lr_schedule,
-    make_optimizer,
-)
+from tav_jax.parallel.sharding import make_mesh, on_mesh  # noqa: E402
 from tav_jax.pipeline import (  # noqa: E402
     clean_latents,
     compile_train_step,
@@ -39,18 +44,7 @@ from tav_jax.pipeline import (  # noqa: E402
     sample_latents,
     tune_clip,
 )
-from tav_jax.sampling import ddim_invert, ddim_sample, dpm_solver_sample  # noqa: E402
-from tav_jax.schedule import (  # noqa: E402
-    NoiseSchedule,
-    add_noise,
-    ddim_inverse_step,
-    ddim_step,
-    ddim_timesteps,
-    make_schedule,
-    velocity,
-)
-from tav_jax.sharding import make_mesh, on_mesh  # noqa: E402
-from tav_jax.stable_diffusion import (  # noqa: E402
+from tav_jax.pretrained.model import (  # noqa: E402
     Model,
     load_model,
     load_text_encoder,
@@ -61,7 +55,13 @@ from tav_jax.stable_diffusion import (  # noqa: E402
     save_unet,
     tokenize,
 )
-from tav_jax.training import (  # noqa: E402
+from tav_jax.training.optimizer import (  # noqa: E402
+    TRAINABLE_MODULES,
+    label_params,
+    make_lr_schedule,
+    make_optimizer,
+)
+from tav_jax.training.train_step import (  # noqa: E402
     Draw,
     TrainState,
     apply_gradients,
@@ -71,7 +71,7 @@ from tav_jax.training import (  # noqa: E402
     loss_and_gradients,
     train_step,
 )
-from tav_jax.video import (  # noqa: E402
+from tav_jax.video.files import (  # noqa: E402
     contact_sheet,
     read_frames,
     side_by_side,

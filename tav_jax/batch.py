@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tav_jax.cli import command, say
+from tav_jax.console import command, say
 from tav_jax.files import (
     claimed,
     place_without_access,
@@ -29,12 +29,12 @@ from tav_jax.files import (
     remove_partials,
     written_whole,
 )
-from tav_jax.plan import plan_jobs, read_plan
-from tav_jax.runs import inverted_clip, load_tuned, mesh_of
+from tav_jax.parallel.sharding import on_mesh
+from tav_jax.runs.batch_plan import plan_jobs, read_plan
+from tav_jax.runs.metrics_log import Stages
+from tav_jax.runs.run import inverted_clip, load_tuned, mesh_of
+from tav_jax.runs.samples import Job, Sample, groups_of_alike, has_overview, sheet_of, write_batch
 from tav_jax.sample import renew_overview, say_if_seeds_do_nothing
-from tav_jax.samples import Job, Sample, groups_of_alike, has_overview, sheet_of, write_batch
-from tav_jax.sharding import on_mesh
-from tav_jax.timing import Stages
 
 # Seconds that an interrupted worker has. It hears nothing while a program runs, and JAX's garbage
 # collection swallows an interrupt; what a kill leaves, the next worker removes.

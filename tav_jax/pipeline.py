@@ -16,9 +16,7 @@ from jax import Array
 from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
-from tav_jax.models.network import Network
-from tav_jax.partition import TRAINABLE_MODULES, label_params, make_optimizer
-from tav_jax.sampling import (
+from tav_jax.diffusion.samplers import (
     Sampler,
     State,
     Step,
@@ -28,12 +26,14 @@ from tav_jax.sampling import (
     dpm_solver_start,
     dpm_solver_stepper,
 )
-from tav_jax.schedule import NoiseSchedule
-from tav_jax.sharding import denoiser, fetched, laid, over_frames, videos
-from tav_jax.stable_diffusion import Model, tokenize
-from tav_jax.training import TrainState, init_state, train_step
+from tav_jax.diffusion.schedule import NoiseSchedule
+from tav_jax.models.network import Network
+from tav_jax.parallel.sharding import denoiser, fetched, laid, over_frames, videos
+from tav_jax.pretrained.model import Model, tokenize
+from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
+from tav_jax.training.train_step import TrainState, init_state, train_step
 from tav_jax.types import Context, Latents, Moments, PixelValues, PRNGKey, Scalar
-from tav_jax.video import to_frames, to_pixel_values
+from tav_jax.video.files import to_frames, to_pixel_values
 
 TrainStep = Callable[
     [TrainState, Moments, Context, NoiseSchedule], tuple[TrainState, dict[str, Scalar]]

@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from tav_jax import distributed
-from tav_jax.cli import command, say
-from tav_jax.config import parse_mesh
-from tav_jax.distributed import agreed, is_main
-from tav_jax.runs import inverted_clip, load_tuned, mesh_of, read_clip
-from tav_jax.samples import (
+from tav_jax.console import command, say
+from tav_jax.diffusion.samplers import Sampler
+from tav_jax.parallel import processes as distributed
+from tav_jax.parallel.processes import agreed, is_main
+from tav_jax.parallel.sharding import on_mesh
+from tav_jax.runs.config import parse_mesh
+from tav_jax.runs.metrics_log import Stages
+from tav_jax.runs.run import inverted_clip, load_tuned, mesh_of, read_clip
+from tav_jax.runs.samples import (
     Job,
     Sample,
     has_overview,
@@ -20,9 +23,6 @@ from tav_jax.samples import (
     write_overview,
     write_samples,
 )
-from tav_jax.sampling import Sampler
-from tav_jax.sharding import on_mesh
-from tav_jax.timing import Stages
 
 
 def sample_run(job: Job, *, batch_size: int = 1) -> list[Path]:

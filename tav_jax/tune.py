@@ -19,20 +19,26 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from tav_jax import distributed
-from tav_jax.checkpointing import latest_step, restore_state, save_checkpoint
-from tav_jax.cli import command, say
-from tav_jax.config import TuneConfig, ValidationData, load_clips, load_config, with_absolute_paths
-from tav_jax.distributed import agreed, is_main
-from tav_jax.memory import Plan, Size, compile_plan, device_bytes, fitting_preset
+from tav_jax.console import command, say
 from tav_jax.models.unet import GradientCheckpointing
-from tav_jax.partition import label_params, make_lr_schedule, make_optimizer
+from tav_jax.parallel import processes as distributed
+from tav_jax.parallel.processes import agreed, is_main
+from tav_jax.parallel.sharding import fetched, laid, on_mesh
 from tav_jax.pipeline import (
     compile_train_step,
     encode_frames,
     encode_prompts,
 )
-from tav_jax.runs import (
+from tav_jax.pretrained.model import Model, tokenize
+from tav_jax.runs.config import (
+    TuneConfig,
+    ValidationData,
+    load_clips,
+    load_config,
+    with_absolute_paths,
+)
+from tav_jax.runs.metrics_log import Stages
+from tav_jax.runs.run import (
     RunFolder,
     claim_folder,
     inverted_clip,
@@ -42,7 +48,7 @@ from tav_jax.runs import (
     read_clip,
     record_config,
 )
-from tav_jax.samples import (
+from tav_jax.runs.samples import (
     Frames,
     default_sample,
     has_overview,
@@ -50,10 +56,16 @@ from tav_jax.samples import (
     write_overview,
     write_samples,
 )
-from tav_jax.sharding import fetched, laid, on_mesh
-from tav_jax.stable_diffusion import Model, tokenize
-from tav_jax.timing import Stages
-from tav_jax.training import NotLearningError, TrainState, check_movement, fingerprints, init_state
+from tav_jax.training.checkpoints import latest_step, restore_state, save_checkpoint
+from tav_jax.training.memory import Plan, Size, compile_plan, device_bytes, fitting_preset
+from tav_jax.training.optimizer import label_params, make_lr_schedule, make_optimizer
+from tav_jax.training.train_step import (
+    NotLearningError,
+    TrainState,
+    check_movement,
+    fingerprints,
+    init_state,
+)
 from tav_jax.types import Context, Moments
 
 # Updates after which every trained group must have moved: a warm-up's first update has rate 0,

@@ -28,8 +28,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import tav_jax as tav
-from tav_jax.stable_diffusion import CONFIG_NAMES, WEIGHT_STEMS
-from tav_jax.v1_4 import CONFIGS
+from tav_jax.pretrained.model import CONFIG_NAMES, WEIGHT_STEMS
+from tav_jax.pretrained.sd_v1_4 import CONFIGS
 
 HERE = Path(__file__).parent
 FRAMES, SIDE = 2, 256

@@ -22,15 +22,16 @@ import optax
 from safetensors.numpy import load_file
 
 import tav_jax as tav
-from tav_jax import stable_diffusion, weights
-from tav_jax.config import parse_mesh
-from tav_jax.models.attention import AttentionImplementation
+from tav_jax.diffusion.schedule import add_noise, ddim_timesteps, velocity
+from tav_jax.models.attention.dispatch import AttentionImplementation
 from tav_jax.models.network import Network
 from tav_jax.models.unet import GradientCheckpointing, UNet3DConditionModel
-from tav_jax.partition import label_params, make_optimizer
-from tav_jax.schedule import add_noise, ddim_timesteps, velocity
-from tav_jax.sharding import denoiser, laid, make_mesh, on_mesh
-from tav_jax.training import Draw, apply_gradients, init_state, loss_and_gradients
+from tav_jax.parallel.sharding import denoiser, laid, make_mesh, on_mesh
+from tav_jax.pretrained import model as stable_diffusion
+from tav_jax.pretrained import weights
+from tav_jax.runs.config import parse_mesh
+from tav_jax.training.optimizer import label_params, make_optimizer
+from tav_jax.training.train_step import Draw, apply_gradients, init_state, loss_and_gradients
 
 EXACT = 0.0
 SINGLE = 1e-5  # relative: one pass through one network, in float32

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from tav_jax.models.frames import mean_and_variance
+from tav_jax.models.frame_collectives import mean_and_variance
 from tav_jax.types import PRNGKey
 
 

@@ -13,19 +13,19 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from tav_jax.models.attention import (
+from tav_jax.models.attention.dispatch import (
     FRAME_ATTENTION,
     AttentionImplementation,
     AttentionScope,
     spatial_attention,
 )
-from tav_jax.models.frames import to_frames, to_positions
+from tav_jax.models.frame_collectives import to_frames, to_positions
 from tav_jax.models.layers import LayerNorm, Linear
 from tav_jax.types import KeysValues
 
 
 class Attention(nnx.Module):
-    """Projections around one of the functions of `tav_jax.models.attention`."""
+    """Projections around one of the functions of `tav_jax.models.attention.dispatch`."""
 
     def __init__(
         self,

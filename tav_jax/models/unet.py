@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from tav_jax.models.attention import (
+from tav_jax.models.attention.dispatch import (
     AttentionImplementation,
     AttentionScope,
     choose_implementation,
@@ -46,7 +46,7 @@ class UNetConfig:
         attention_scope: What a frame's self-attention may look at.
         temporal_attention: Without it, and "spatial", frames meet in the group norms alone; at
             one frame that is the image U-Net, with exactly its parameters.
-        attention: How attention is computed, see `tav_jax.models.attention`.
+        attention: How attention is computed, see `tav_jax.models.attention.dispatch`.
         gradient_checkpointing: What is kept for the backward pass; the rest is computed again.
             "none" keeps everything, "blocks" the inputs of residual blocks and transformers;
             under "full", when a transformer is computed again, the inputs of its four parts.

@@ -23,9 +23,9 @@ from tav_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from tav_jax.models.network import init_network
 from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
 from tav_jax.models.vae import AutoencoderKL, VAEConfig
-from tav_jax.published_config import write_unet_config
-from tav_jax.video import write_video
-from tav_jax.weights import TEMPORAL, in_modules, save_tensors
+from tav_jax.pretrained.configs import write_unet_config
+from tav_jax.pretrained.weights import TEMPORAL, in_modules, save_tensors
+from tav_jax.video.files import write_video
 
 REPOSITORY = Path(__file__).parents[2]
 TOKENIZER = REPOSITORY / "tests/golden/base/tokenizer"

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from tav_jax.scenes import text_to_image
-from tav_jax.stable_diffusion import SHIPPED, load_model
+from tav_jax.pretrained.model import SHIPPED, load_model
+from tav_jax.worlds import text_to_image
 
 
 def test_the_model_is_found_by_its_name_and_is_small(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tav_jax.batch import devices_here, worker_environments, write_manifest
-from tav_jax.plan import plan_jobs, read_plan
+from tav_jax.runs.batch_plan import plan_jobs, read_plan
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 

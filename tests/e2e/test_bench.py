@@ -8,8 +8,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from tav_jax import bench
-from tav_jax.workload import make_programs, random_networks
+from tav_jax.bench.__main__ import __main__ as bench
+from tav_jax.bench.programs import make_programs, random_networks
 
 TINY = ["--network", "small", "--frames", "2", "--size", "32", "--repeats", "1"]
 PROMISED = {"tune_step_ms", "guided_step_ms", "inversion_step_ms", "compile_s", "peak_bytes"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tav_jax.cli import command
+from tav_jax.console import command
 
 REPOSITORY = Path(__file__).parents[2]
 KEPT = "tav_jax/compiled"

@@ -22,8 +22,8 @@ PROGRAM = """
 import json, sys, time
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from tav_jax import distributed
-from tav_jax.cli import command
+from tav_jax.parallel import processes as distributed
+from tav_jax.console import command
 
 @command
 def main(argv):

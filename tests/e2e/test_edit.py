@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from tav_jax import pipeline
-from tav_jax.models import attention
-from tav_jax.partition import TRAINABLE_MODULES, label_params
+from tav_jax.models.attention.dispatch import dispatch as attention
 from tav_jax.pipeline import edit_clip, encode_frames, encode_prompts, tune_clip
-from tav_jax.scenes.drawing import render
-from tav_jax.scenes.edits import edits_of, source_prompt
-from tav_jax.scenes.measure import measure
-from tav_jax.scenes.world import CLIPS
-from tav_jax.stable_diffusion import Model, load_model
-from tav_jax.training import denoising_loss, draw_batch
+from tav_jax.pretrained.model import Model, load_model
+from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params
+from tav_jax.training.train_step import denoising_loss, draw_batch
+from tav_jax.worlds.metrics import measure
+from tav_jax.worlds.tiny_scenes.drawing import render
+from tav_jax.worlds.tiny_scenes.edits import edits_of, source_prompt
+from tav_jax.worlds.tiny_scenes.world import CLIPS
 
 CLIP = CLIPS["circle-right"]
 STEPS = 40

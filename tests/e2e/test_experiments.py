@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 
-from tav_jax.scenes import experiments
+from tav_jax.worlds import experiments
 
 CONFIG = {
     "clips": ["circle-right", "ring-growing"],

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tav_jax.scenes import pretrain
-from tav_jax.scenes.text_to_image import draw
-from tav_jax.scenes.world import SIZE, WORDS
-from tav_jax.stable_diffusion import load_model, tokenize
+from tav_jax.pretrained.model import load_model, tokenize
+from tav_jax.worlds import pretrain
+from tav_jax.worlds.text_to_image import draw
+from tav_jax.worlds.tiny_scenes.world import SIZE, WORDS
 
 FEW = (
     *("scenes=24", "vae_steps=4", "vae_batch=4", "steps=4", "batch=8"),

@@ -14,12 +14,12 @@ from run_lines import read_lines, read_metrics
 from safetensors.numpy import load_file, save_file
 
 from tav_jax import tune
-from tav_jax.checkpointing import restore_state
-from tav_jax.config import load_config
-from tav_jax.partition import label_params, make_optimizer, select
-from tav_jax.runs import RunFolder, load_base
-from tav_jax.training import init_state
-from tav_jax.video import read_frames
+from tav_jax.runs.config import load_config
+from tav_jax.runs.run import RunFolder, load_base
+from tav_jax.training.checkpoints import restore_state
+from tav_jax.training.optimizer import label_params, make_optimizer, select
+from tav_jax.training.train_step import init_state
+from tav_jax.video.files import read_frames
 
 # Where it does not matter what trains: the gradient goes through the last blocks only, and a step
 # compiles in half the time.

@@ -12,10 +12,11 @@ import numpy as np
 import optax
 
 import tav_jax as tav
-from tav_jax import published_config, weights
 from tav_jax.models.clip import CLIPTextModel
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import AutoencoderKL
+from tav_jax.pretrained import configs as published_config
+from tav_jax.pretrained import weights
 
 
 def make_schedule() -> tav.NoiseSchedule:

@@ -38,9 +38,9 @@ import numpy as np
 
 from ours import Ours, make_schedule
 from ours import peak_device_bytes as our_peak
-from tav_jax.models.attention import AttentionImplementation
-from tav_jax.v1_4 import CONFIGS
-from tav_jax.workload import GUIDANCE_SCALE, LEARNING_RATE, NETWORKS, TEXT_TOKENS
+from tav_jax.bench.programs import GUIDANCE_SCALE, LEARNING_RATE, NETWORKS, TEXT_TOKENS
+from tav_jax.models.attention.dispatch import AttentionImplementation
+from tav_jax.pretrained.sd_v1_4 import CONFIGS
 
 if TYPE_CHECKING:  # PyTorch is imported late: it is not needed to print the help
     from theirs import Theirs

@@ -10,8 +10,8 @@ import pytest
 from jax.experimental import pallas as pl
 
 import tav_jax as tav
-from tav_jax.models import chunked
-from tav_jax.weights import in_modules
+from tav_jax.models.attention.dispatch import chunked
+from tav_jax.pretrained.weights import in_modules
 
 # One prompt of the text case is too long on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:prompt of")
@@ -34,7 +34,7 @@ def test_every_case_passes_with_every_implementation_of_attention(monkeypatch, a
 def test_single_calls_and_tuning_pass_with_the_kernel_for_tpus(monkeypatch):
     # In Pallas' interpreter, which is slow.
     monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
-    monkeypatch.setattr("tav_jax.models.attention.platform", lambda: "tpu")
+    monkeypatch.setattr("tav_jax.models.attention.dispatch.platform", lambda: "tpu")
     reference = golden.GoldenSet(FOLDER, attention="fused")
     assert failures(reference, ["unet3d_tuned.3f_batch2", "tune"]) == []
 

@@ -26,11 +26,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tav_jax.partition import TRAINABLE_MODULES, label_params, select
-from tav_jax.published_config import read_schedule
-from tav_jax.sampling import dpm_solver_sample
-from tav_jax.schedule import ddim_inverse_step, ddim_step, ddim_timesteps, step_size
-from tav_jax.stable_diffusion import (
+from tav_jax.diffusion.samplers import dpm_solver_sample
+from tav_jax.diffusion.schedule import ddim_inverse_step, ddim_step, ddim_timesteps, step_size
+from tav_jax.pretrained.configs import read_schedule
+from tav_jax.pretrained.model import (
     load_model,
     load_schedule,
     load_text_encoder,
@@ -39,7 +38,8 @@ from tav_jax.stable_diffusion import (
     save_unet,
     tokenize,
 )
-from tav_jax.weights import TEMPORAL, in_modules, tensor_name, to_tensor
+from tav_jax.pretrained.weights import TEMPORAL, in_modules, tensor_name, to_tensor
+from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, select
 from torch_unet3d import UNet3D, freeze_all_but_trained
 
 GOLDEN = Path(__file__).parents[1] / "golden"

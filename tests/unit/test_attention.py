@@ -7,12 +7,12 @@ import pytest
 from flax import nnx
 from jax.experimental import pallas as pl
 
-from tav_jax.models import chunked
-from tav_jax.models.attention import (
+from tav_jax.models.attention.dispatch import (
     FRAME_ATTENTION,
     attention,
     attention_weights,
     choose_implementation,
+    chunked,
     group_attention,
     sparse_causal_attention,
 )
@@ -159,7 +159,7 @@ def test_implementations_keep_the_type_and_take_the_softmax_in_float32(groups, s
 def test_the_kernel_for_tpus_agrees_over_groups_of_keys(key, monkeypatch):
     # The kernel's own tests have its gradients; here, how groups are merged around it.
     monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
-    monkeypatch.setattr("tav_jax.models.attention.platform", lambda: "tpu")
+    monkeypatch.setattr("tav_jax.models.attention.dispatch.platform", lambda: "tpu")
     heads = jax.random.normal(key, (3, 1, 3, 128, 2, 8))
     expected = jax.jit(sparse_causal_attention, static_argnums=3)(*heads, "einsum")
     ours = jax.jit(sparse_causal_attention, static_argnums=3)(*heads, "fused")
@@ -226,7 +226,7 @@ def test_fused_is_refused_where_there_is_no_kernel(groups):
 def test_auto_takes_the_platform_of_the_backend(groups, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "tav_jax.models.attention.choose_implementation",
+        "tav_jax.models.attention.dispatch.choose_implementation",
         lambda platform, *_: asked.append(platform) or "einsum",
     )
     group_attention(*groups)

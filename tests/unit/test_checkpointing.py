@@ -7,11 +7,16 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from tav_jax.checkpointing import latest_step, restore_state, restore_trained, save_checkpoint
 from tav_jax.models.network import Network
 from tav_jax.models.unet import UNet3DConditionModel
-from tav_jax.partition import label_params, make_optimizer
-from tav_jax.training import TrainState, apply_gradients, init_state
+from tav_jax.training.checkpoints import (
+    latest_step,
+    restore_state,
+    restore_trained,
+    save_checkpoint,
+)
+from tav_jax.training.optimizer import label_params, make_optimizer
+from tav_jax.training.train_step import TrainState, apply_gradients, init_state
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 TRAINED = {f"{BLOCK}.attn1.to_q.kernel": (4, 4), f"{BLOCK}.attn_temp.to_out.0.bias": (4,)}

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 import pytest
 import yaml
 
-from tav_jax.config import (
+from tav_jax.runs.config import (
     HOW_KEYS,
     MEANINGLESS_KEYS,
     TrainData,

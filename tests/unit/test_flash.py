@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from tav_jax.models.flash import flash_attention
+from tav_jax.models.attention.pallas_tpu import flash_attention
 
 ROUNDING = 1e-5  # float32 against float64, for values around 1
 BFLOAT16_STEP = 2**-7  # spacing of bfloat16 above 1; a result is rounded two or three times
@@ -143,7 +143,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from tav_jax.models.flash import flash_attention
+from tav_jax.models.attention.pallas_tpu import flash_attention
 
 topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
 mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))

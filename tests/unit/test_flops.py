@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tav_jax import published_config
-from tav_jax.flops import count_flops
+from tav_jax.bench.flops import count_flops
 from tav_jax.models.network import Network, parameter_shapes
 from tav_jax.models.unet import UNet3DConditionModel
-from tav_jax.v1_4 import CONFIGS
+from tav_jax.pretrained import configs as published_config
+from tav_jax.pretrained.sd_v1_4 import CONFIGS
 
 
 def shape(*sizes):

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tav_jax.scenes.drawing import render
-from tav_jax.scenes.edits import edits_of
-from tav_jax.scenes.measure import measure
-from tav_jax.scenes.report import EDITS, Measure, bootstrap, summarise, write_report
-from tav_jax.scenes.world import ATTRIBUTES, CLIPS
+from tav_jax.worlds.metrics import measure
+from tav_jax.worlds.report import EDITS, Measure, bootstrap, summarise, write_report
+from tav_jax.worlds.tiny_scenes.drawing import render
+from tav_jax.worlds.tiny_scenes.edits import edits_of
+from tav_jax.worlds.tiny_scenes.world import ATTRIBUTES, CLIPS
 
 CLIP = CLIPS["circle-right"]
 

@@ -2,7 +2,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tav_jax.memory import Plan, Size, compile_plan, device_bytes, fitting_preset, planned_bytes
+from tav_jax.training.memory import (
+    Plan,
+    Size,
+    compile_plan,
+    device_bytes,
+    fitting_preset,
+    planned_bytes,
+)
 
 SIZE = Size(8, 512, 512)
 

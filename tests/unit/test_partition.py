@@ -9,14 +9,14 @@ import pytest
 
 from tav_jax.models.network import parameter_shapes
 from tav_jax.models.unet import UNet3DConditionModel
-from tav_jax.partition import (
+from tav_jax.pretrained.configs import read_unet_config
+from tav_jax.training.optimizer import (
     TRAINABLE_MODULES,
     label_params,
     make_lr_schedule,
     make_optimizer,
     select,
 )
-from tav_jax.published_config import read_unet_config
 
 BLOCK = "down_blocks.0.attentions.1.transformer_blocks.0"
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tav_jax.distributed import Job, read_job
-from tav_jax.last_words import LastWords
+from tav_jax.parallel.last_words import LastWords
+from tav_jax.parallel.processes import Job, read_job
 
 SLURM = {
     "SLURM_JOB_ID": "7",

@@ -8,7 +8,7 @@ import pytest
 from tav_jax.models.clip import CLIPTextConfig
 from tav_jax.models.unet import UNetConfig
 from tav_jax.models.vae import VAEConfig
-from tav_jax.published_config import (
+from tav_jax.pretrained.configs import (
     SCHEDULER_DEMANDS,
     UNET_DEMANDS,
     VAE_DEMANDS,

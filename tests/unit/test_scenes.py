@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tav_jax.scenes.drawing import place, render, render_batch, truth
-from tav_jax.scenes.reader import read_frame
-from tav_jax.scenes.recipe import byte_pair_merges
-from tav_jax.scenes.world import (
+from tav_jax.worlds.tiny_scenes.detector import read_frame
+from tav_jax.worlds.tiny_scenes.drawing import place, render, render_batch, truth
+from tav_jax.worlds.tiny_scenes.recipe import byte_pair_merges
+from tav_jax.worlds.tiny_scenes.world import (
     BACKGROUNDS,
     CLIPS,
     COLOURS,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tav_jax.schedule import (
+from tav_jax.diffusion.schedule import (
     add_noise,
     ddim_inverse_step,
     ddim_step,

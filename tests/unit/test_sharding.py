@@ -7,14 +7,14 @@ import pytest
 from golden import GoldenSet, cases
 from jax.sharding import PartitionSpec
 
-from tav_jax import sharding
-from tav_jax.collectives import collective_bytes
-from tav_jax.partition import TRAINABLE_MODULES, label_params, make_optimizer
+from tav_jax.bench.hlo import collective_bytes
+from tav_jax.parallel import sharding
+from tav_jax.parallel.sharding import AXES, laid, make_mesh, on_mesh, storage_spec, videos
 from tav_jax.pipeline import compile_train_step, ddim_invert_loop, ddim_sample_loop
-from tav_jax.published_config import read_schedule
-from tav_jax.sharding import AXES, laid, make_mesh, on_mesh, storage_spec, videos
-from tav_jax.training import init_state
-from tav_jax.v1_4 import CONFIGS
+from tav_jax.pretrained.configs import read_schedule
+from tav_jax.pretrained.sd_v1_4 import CONFIGS
+from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
+from tav_jax.training.train_step import init_state
 
 MESHES = [(1, 8, 1), (2, 4, 1), (1, 1, 8), (2, 2, 2)]
 FRAMES, SIDE = 8, 8

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tav_jax.config import load_config, parse, read_tree
-from tav_jax.scenes.experiments import Experiment
+from tav_jax.runs.config import load_config, parse, read_tree
+from tav_jax.worlds.experiments import Experiment
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from tav_jax.diffusion.schedule import make_schedule
 from tav_jax.models.unet import UNet3DConditionModel
-from tav_jax.partition import TRAINABLE_MODULES, label_params, make_optimizer, select
-from tav_jax.schedule import make_schedule
-from tav_jax.training import (
+from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer, select
+from tav_jax.training.train_step import (
     Draw,
     NotLearningError,
     apply_gradients,

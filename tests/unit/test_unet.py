@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tav_jax.models.attention import FRAME_ATTENTION
+from tav_jax.models.attention.dispatch import FRAME_ATTENTION
 from tav_jax.models.layers import Downsample, GroupNorm, LayerNorm, ResnetBlock
 from tav_jax.models.network import parameter_shapes
 from tav_jax.models.transformer import Attention, BasicTransformerBlock
 from tav_jax.models.unet import Transformer3D, UNet3DConditionModel
-from tav_jax.weights import inflate
+from tav_jax.pretrained.weights import inflate
 
 SCOPES = pytest.mark.parametrize("scope", sorted(FRAME_ATTENTION))
 

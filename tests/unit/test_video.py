@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tav_jax.video import (
+from tav_jax.video.files import (
     contact_sheet,
     file_stem,
     frame_indices,

@@ -17,9 +17,9 @@ from tav_jax.models.clip import CLIPTextModel
 from tav_jax.models.network import parameter_shapes
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import AutoencoderKL
-from tav_jax.published_config import read_text_config, read_unet_config, read_vae_config
-from tav_jax.v1_4 import CONFIGS
-from tav_jax.weights import (
+from tav_jax.pretrained.configs import read_text_config, read_unet_config, read_vae_config
+from tav_jax.pretrained.sd_v1_4 import CONFIGS
+from tav_jax.pretrained.weights import (
     TEMPORAL,
     choose_weights,
     in_modules,

@@ -1,0 +1,1 @@
+"""Attention between frames: its scopes and its implementations."""

@@ -1,0 +1,272 @@
+"""Several processes as one run: how they find each other, and how all end when one does.
+
+A run of one process needs nothing of this. JAX's coordination service, which lives in process 0,
+joins the processes and hears their heartbeats, in threads of its own: when a process is gone it
+ends the others, those too that wait in a collective for ever, as NCCL's do. That takes at most
+TAV_JAX_HEARTBEAT_SECONDS, and an instant if it is process 0 that died.
+
+    TAV_JAX_COORDINATOR        host:port of process 0, the same in all processes
+    TAV_JAX_NUM_PROCESSES      how many there are; 1 alone: no part of a job, whatever it looks like
+    TAV_JAX_PROCESS_ID         which one this is, from 0
+    TAV_JAX_HEARTBEAT_SECONDS  a process unheard for so long is gone (30)
+    TAV_JAX_START_SECONDS      how long the first to come waits for the last (300)
+
+srun, mpirun and the hosts of a TPU slice say the first three themselves; on Kubernetes and
+elsewhere they are to be set.
+"""
+
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax._src.distributed import global_state
+from jax.experimental import multihost_utils
+
+from tav_jax.parallel.last_words import translate_last_words
+
+COORDINATOR, NUM_PROCESSES, PROCESS_ID = EXPLICIT = (
+    "TAV_JAX_COORDINATOR",
+    "TAV_JAX_NUM_PROCESSES",
+    "TAV_JAX_PROCESS_ID",
+)
+
+# Whoever is done waits so long for the others, since process 0 may have videos to write. Meanwhile
+# heartbeats tell that they live.
+SHUTDOWN_SECONDS = 3600
+# What is wrong with the settings comes up in all processes, but not at the same moment.
+ERROR_SECONDS = 10
+
+
+class Launcher(NamedTuple):
+    """What starts the processes of a job, and the variables in which it says so."""
+
+    method: str  # JAX's name for it
+    num_processes: str
+    process_id: str
+    others: tuple[str, ...]  # that JAX reads besides
+
+
+# MPI first: under SLURM its processes inherit the variables of mpirun's helper on their node.
+LAUNCHERS = (
+    Launcher(
+        "ompi",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_RANK",
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_MCA_orte_hnp_uri"),  # Open MPI 5 has no such uri
+    ),
+    Launcher(
+        "slurm",
+        "SLURM_STEP_NUM_TASKS",  # srun's; a batch script, which is alone, has SLURM_NTASKS too
+        "SLURM_PROCID",
+        ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ),
+    Launcher("mpi4py", "PMI_SIZE", "PMI_RANK", ()),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of several processes, as one of them sees it."""
+
+    num_processes: int
+    process_id: int
+    method: str  # JAX's name for how it finds what is not given here
+    coordinator: str | None = None
+    # On a host each takes the GPU of its own number, as JAX has it under a launcher.
+    one_gpu_each: bool = True
+    heartbeat_seconds: int = 30
+    start_seconds: int = 300
+
+
+def start() -> None:
+    """Joins the processes of this run, if there are several; to be called before JAX computes.
+
+    Raises:
+        ValueError: the environment describes no whole job; lists what is missing or wrong.
+    """
+    job = read_job(os.environ)
+    if job is None:
+        return
+    if not os.environ.get("TAV_JAX_TRACEBACK"):
+        translate_last_words(job.num_processes, job.process_id, job.start_seconds)
+    # It would catch SIGTERM, and leave it to us to end.
+    jax.config.update("jax_enable_preemption_service", False)
+    # JAX chooses if it gets None, by JAX_LOCAL_DEVICE_IDS first; an empty list is all one sees.
+    chosen = job.one_gpu_each or "JAX_LOCAL_DEVICE_IDS" in os.environ
+    jax.distributed.initialize(
+        coordinator_address=job.coordinator,
+        num_processes=job.num_processes if job.coordinator else None,
+        process_id=job.process_id if job.coordinator else None,
+        local_device_ids=None if chosen else [],
+        cluster_detection_method=job.method,
+        initialization_timeout=job.start_seconds,
+        heartbeat_timeout_seconds=job.heartbeat_seconds,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )
+
+
+class _Variables:
+    """The environment, and all that is found wrong with it."""
+
+    def __init__(self, environment: Mapping[str, str]):
+        self.environment = environment
+        self.problems: list[str] = []
+
+    def text(self, name: str) -> str:
+        return self.environment.get(name, "").strip()
+
+    def number(self, name: str, default: int = 0, least: int = 0) -> int:
+        text = self.text(name) or str(default)
+        if not text.isdecimal() or int(text) < least:
+            self.problems.append(f"{name}: expected a whole number from {least} on, got {text!r}")
+            return least
+        return int(text)
+
+    def need(self, *names: str, why: str) -> None:
+        self.problems += [f"{name}: not set, {why}" for name in names if not self.text(name)]
+
+
+def read_job(environment: Mapping[str, str]) -> Job | None:
+    """Returns the job that this process is one of several in, or None; raises as `start` does."""
+    variables = _Variables(environment)
+    if variables.text(NUM_PROCESSES) == "1":
+        job = None
+    elif any(variables.text(name) for name in EXPLICIT):
+        job = _explicit_job(variables)
+    else:
+        job = _launched_job(variables) or _tpu_job()
+    heartbeat = variables.number("TAV_JAX_HEARTBEAT_SECONDS", Job.heartbeat_seconds, least=1)
+    start = variables.number("TAV_JAX_START_SECONDS", Job.start_seconds, least=1)
+    if variables.problems:
+        raise ValueError("\n".join(variables.problems))
+    return job and replace(job, heartbeat_seconds=heartbeat, start_seconds=start)
+
+
+def _explicit_job(variables: _Variables) -> Job:
+    variables.need(*EXPLICIT, why=f"set all of {', '.join(EXPLICIT)}, or none")
+    address = variables.text(COORDINATOR)
+    if address and not re.fullmatch(r"\S+:\d+", address):
+        variables.problems.append(f"{COORDINATOR}: expected host:port, got {address!r}")
+    count = variables.number(NUM_PROCESSES, default=1, least=1)
+    index = variables.number(PROCESS_ID)
+    if index >= count and not variables.problems:
+        variables.problems.append(f"{PROCESS_ID}: expected 0 to {count - 1}, got '{index}'")
+    return Job(count, index, "deactivate", coordinator=address)
+
+
+def _launched_job(variables: _Variables) -> Job | None:
+    for launcher in LAUNCHERS:
+        count = variables.number(launcher.num_processes)
+        if count < 2:
+            continue
+        of_ours = f"though {launcher.num_processes} is {count}; set {', '.join(EXPLICIT)} instead"
+        variables.need(launcher.process_id, *launcher.others, why=of_ours)
+        if launcher.method == "mpi4py" and find_spec("mpi4py") is None:
+            variables.problems.append(
+                f"{launcher.num_processes}: {count} processes of MPI; install mpi4py, by which JAX "
+                f"joins them, or set {', '.join(EXPLICIT)}"
+            )
+        index = variables.number(launcher.process_id)
+        one_gpu_each = _one_gpu_each(variables, launcher, count)
+        return Job(count, index, launcher.method, one_gpu_each=one_gpu_each)
+    return None
+
+
+def _one_gpu_each(variables: _Variables, launcher: Launcher, count: int) -> bool:
+    """Returns whether the processes of a host all see its GPUs, and are to have one each."""
+    if launcher.method == "slurm":
+        sees_its_own = ("SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU")
+        one_a_node = variables.number("SLURM_STEP_NUM_NODES") == count
+        return not one_a_node and not any(variables.text(name) for name in sees_its_own)
+    return variables.number("OMPI_COMM_WORLD_LOCAL_SIZE") != 1
+
+
+def _tpu_job() -> Job | None:
+    # JAX has set it on import if there are TPU chips. Only then is the metadata server asked.
+    if "tpu" not in (jax.config.values["jax_platforms"] or ""):
+        return None
+    from jax._src.clusters import GceTpuCluster, GkeTpuCluster
+
+    for cluster in (GkeTpuCluster, GceTpuCluster):
+        if cluster.is_env_present() and (count := cluster.get_process_count()) > 1:
+            return Job(count, cluster.get_process_id(), cluster.name)
+    return None
+
+
+def is_main() -> bool:
+    """Returns whether this is process 0, the one that writes. All read."""
+    # Not by jax.process_index, which would have the processes tell each other their devices first.
+    return global_state.process_id == 0
+
+
+def wait_for_all(name: str, seconds: float) -> None:
+    """Returns once all processes have called this with that name.
+
+    Raises:
+        TimeoutError: some have not, in that time.
+    """
+    client = global_state.client  # which JAX shows nowhere; Orbax takes it from here, too
+    if client is None:
+        return
+    try:
+        client.wait_at_barrier(f"tav_jax/{name}", timeout_in_ms=round(seconds * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise TimeoutError(
+            f"{name}: after {seconds:g} seconds not all of {global_state.num_processes} "
+            "processes are there; see what the others say"
+        ) from None
+
+
+def agreed(flags: Sequence[bool]) -> list[bool]:
+    """Returns in all processes what process 0 has found; all must call this.
+
+    Whether a file is there is not the same for two processes at two moments, and they must not go
+    on to different programs.
+    """
+    if jax.process_count() == 1 or not flags:
+        return list(flags)
+    found = multihost_utils.broadcast_one_to_all(np.asarray(flags, np.int32))
+    return [bool(flag) for flag in found]
+
+
+def ending_together(run: Callable[[], int]) -> int:
+    """Returns the exit status that `run` returns; of several processes, ends the one that fails.
+
+    At an orderly exit a process waits for the others, which may wait for it in a collective.
+    """
+    try:
+        status = run()
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            _wait_for_verdict()
+        traceback.print_exc()
+        status = 1
+    if status and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            wait_for_all("error", ERROR_SECONDS)
+        except (TimeoutError, jax.errors.JaxRuntimeError):
+            os._exit(status)
+    return status
+
+
+def _wait_for_verdict() -> None:
+    """Gives JAX the time to find that a process is gone, upon which it ends this one.
+
+    What they compute together may fail before that is known, with an error that says less.
+    """
+    if job := read_job(os.environ):
+        time.sleep(1.5 * job.heartbeat_seconds)

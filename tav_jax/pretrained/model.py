@@ -1,0 +1,330 @@
+"""A Stable Diffusion folder, or Hub id, -> one Model value; a tuned U-Net back to a folder."""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+from transformers import CLIPTokenizer
+
+from tav_jax.diffusion.schedule import NoiseSchedule
+from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
+from tav_jax.models.clip import CLIPTextModel
+from tav_jax.models.network import Network, parameter_shapes
+from tav_jax.models.unet import GradientCheckpointing, UNet3DConditionModel
+from tav_jax.models.vae import AutoencoderKL
+from tav_jax.pretrained import configs as published_config
+from tav_jax.pretrained import weights
+from tav_jax.types import PRNGKey
+
+WEIGHT_STEMS = {
+    "text_encoder": "model",
+    "vae": "diffusion_pytorch_model",
+    "unet": "diffusion_pytorch_model",
+}
+# Models that come with this package, by name.
+SHIPPED = {"tiny-scenes": Path(__file__).parents[1] / "worlds/tiny_scenes/weights"}
+CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A text-to-video model: three networks with their parameters, a tokenizer and a schedule."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: Network[CLIPTextModel]
+    vae: Network[AutoencoderKL]
+    unet: Network[UNet3DConditionModel]
+    schedule: NoiseSchedule
+
+    def with_unet(self, unet: Network[UNet3DConditionModel]) -> "Model":
+        """Returns the same model with another U-Net."""
+        return replace(self, unet=unet)
+
+
+def load_model(
+    pretrained_model_path: str | Path,
+    *,
+    dtype: str = "float32",
+    float32_modules: Sequence[str] = (),
+    attention_scope: AttentionScope = "sparse_causal",
+    attention: AttentionImplementation = "auto",
+    gradient_checkpointing: GradientCheckpointing = "none",
+    key: PRNGKey | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Model:
+    """Returns a Stable Diffusion model with its U-Net inflated to frames.
+
+    Args:
+        pretrained_model_path: A folder of the Hub's layout (SD 1.x, 2.x base, their DreamBooth
+            exports, or with a tuned 3D U-Net), a Hub id such as "CompVis/stable-diffusion-v1-4",
+            or "tiny-scenes", which comes with the package.
+        dtype: "float32" or "bfloat16": in which to compute, and in which to store parameters.
+        float32_modules: Modules of the U-Net stored in float32 all the same: those to be trained.
+        key: Draws the temporal attention's first values where the U-Net is an image U-Net; the
+            default is `jax.random.key(0)`.
+        revision: Branch, tag or commit on the Hub.
+        variant: Weight files of a variant ("fp16"); by default the plain ones, else fp16.
+
+    Raises:
+        FileNotFoundError: no such folder, and no such id on the Hub or in its cache.
+        ValueError: configs that cannot be honoured, or weights that do not fit them.
+    """
+    folder = find_folder(pretrained_model_path, revision=revision, variant=variant)
+    parts = (*WEIGHT_STEMS, *CONFIG_NAMES)
+    missing = [part for part in parts if not (folder / part).is_dir()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: not a Stable Diffusion folder, it has no {', no '.join(missing)}"
+        )
+    model = Model(
+        load_tokenizer(folder / "tokenizer"),
+        load_text_encoder(folder / "text_encoder", dtype=dtype, variant=variant),
+        load_vae(folder / "vae", dtype=dtype, variant=variant),
+        load_unet(
+            folder / "unet",
+            dtype=dtype,
+            float32_modules=float32_modules,
+            key=key,
+            variant=variant,
+        ),
+        load_schedule(folder / "scheduler"),
+    )
+    unet = model.unet.with_config(
+        attention_scope=attention_scope,
+        attention=attention,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    widths = model.text_encoder.config.hidden_size, unet.config.cross_attention_dim
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"{folder}: the text encoder gives states {widths[0]} wide, the U-Net takes {widths[1]}"
+        )
+    channels = unet.config.in_channels, model.vae.config.latent_channels
+    if channels[0] != channels[1]:
+        raise ValueError(
+            f"{folder}: the U-Net takes {channels[0]} channels, the VAE gives {channels[1]} "
+            "(inpainting models are of that kind)"
+        )
+    return model.with_unet(unet)
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Returns CLIP's byte-pair tokenizer from its vocabulary files."""
+    # Without these transformers makes up a vocabulary of two words and says nothing.
+    names = {path.name for path in folder.iterdir()}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise FileNotFoundError(f"{folder}: no vocab.json with merges.txt, nor tokenizer.json")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def load_text_encoder(
+    folder: Path, *, dtype: str = "float32", variant: str | None = None
+) -> Network[CLIPTextModel]:
+    """Returns CLIP's text encoder from its folder."""
+    config = published_config.read_text_config(_read_config(folder), f"{folder}/config.json")
+    # transformers 5.6 and later may save the names without it.
+    prefix = "text_model."
+    return _load_network(
+        CLIPTextModel, config, folder, "text_encoder", dtype, variant, prefix=prefix
+    )
+
+
+def load_vae(
+    folder: Path, *, dtype: str = "float32", variant: str | None = None
+) -> Network[AutoencoderKL]:
+    """Returns the autoencoder from its folder."""
+    config = published_config.read_vae_config(_read_config(folder), f"{folder}/config.json")
+    return _load_network(AutoencoderKL, config, folder, "vae", dtype, variant)
+
+
+def load_unet(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    float32_modules: Sequence[str] = (),
+    key: PRNGKey | None = None,
+    variant: str | None = None,
+) -> Network[UNet3DConditionModel]:
+    """Returns a 3D U-Net from its folder, or an image U-Net from its folder, inflated."""
+    published = _read_config(folder)
+    config = published_config.read_unet_config(published, f"{folder}/config.json")
+    is_picture = published.get("_class_name") != "UNet3DConditionModel"
+
+    def dtype_of(name: str) -> str:
+        return "float32" if weights.in_modules(name, float32_modules) else dtype
+
+    unet = _load_network(
+        UNet3DConditionModel,
+        config,
+        folder,
+        "unet",
+        dtype,
+        variant,
+        dtype_of=dtype_of,
+        may_lack=weights.TEMPORAL if is_picture else (),
+    )
+    shapes = parameter_shapes(UNet3DConditionModel, unet.config)
+    key = jax.random.key(0) if key is None else key
+    return unet.with_params(weights.inflate(unet.params, shapes, key, dtype_of=dtype_of))
+
+
+def load_schedule(folder: Path) -> NoiseSchedule:
+    """Returns the noise schedule from a scheduler's folder, whichever scheduler it names."""
+    where = f"{folder}/{CONFIG_NAMES['scheduler']}"
+    return published_config.read_schedule(_read_config(folder, CONFIG_NAMES["scheduler"]), where)
+
+
+def save_unet(folder: str | Path, unet: Network[UNet3DConditionModel]) -> None:
+    """Writes a U-Net so that the published Tune-A-Video, and `load_unet`, can load it.
+
+    The folder holds `config.json` and `diffusion_pytorch_model.safetensors`, in the stored type.
+    """
+    _save_network(Path(folder), "unet", unet, published_config.write_unet_config(unet.config))
+
+
+def save_model(folder: str | Path, model: Model, scheduler: Mapping[str, Any]) -> None:
+    """Writes a model as a folder of the Hub's layout, in the stored type.
+
+    Args:
+        scheduler: The scheduler's published JSON.
+    """
+    folder = Path(folder)
+    save_unet(folder / "unet", model.unet)
+    vae, text_encoder = model.vae, model.text_encoder
+    _save_network(folder / "vae", "vae", vae, published_config.write_vae_config(vae.config))
+    text_config = published_config.write_text_config(text_encoder.config)
+    _save_network(folder / "text_encoder", "text_encoder", text_encoder, text_config)
+    model.tokenizer.save_pretrained(folder / "tokenizer")
+    _write_json(folder / "scheduler" / CONFIG_NAMES["scheduler"], scheduler)
+    classes = {
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    no_more = {"feature_extractor": [None, None], "safety_checker": [None, None]}
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.11.1"}
+    _write_json(folder / "model_index.json", index | classes | no_more)
+
+
+def tokenize(model: Model, prompts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
+    """Returns token ids, padded to the text encoder's length (77 for CLIP).
+
+    A prompt that is longer is cut, with a warning that quotes what is lost.
+    """
+    length = model.text_encoder.config.max_position_embeddings
+    for ids in model.tokenizer(list(prompts), verbose=False).input_ids:
+        if len(ids) > length:
+            lost = model.tokenizer.decode(ids[length - 1 : -1])
+            warnings.warn(
+                f"prompt of {len(ids)} tokens, {length} are read; cut off: '{lost}'", stacklevel=1
+            )
+    padded = model.tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True
+    )
+    return np.asarray(padded.input_ids, np.int32)
+
+
+def find_folder(
+    pretrained_model_path: str | Path, *, revision: str | None = None, variant: str | None = None
+) -> Path:
+    """Returns the folder of a path, of a shipped model's name, or of a Hub id, downloaded once.
+
+    Of each network only the weight files that would be read are fetched.
+    """
+    folder = Path(pretrained_model_path).expanduser()
+    if folder.is_dir():
+        return folder
+    if str(pretrained_model_path) in SHIPPED:
+        return SHIPPED[str(pretrained_model_path)]
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repo = str(pretrained_model_path)
+    nowhere = f"pretrained_model_path: no folder '{repo}', nor such a model on the Hub"
+    try:
+        names = HfApi().list_repo_files(repo, revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(f"{nowhere}: {_first_line(error)}") from None
+    except Exception as error:  # no network, which each version of the client says in its own way
+        cached = try_to_load_from_cache(repo, "model_index.json", revision=revision)
+        if isinstance(cached, str):
+            return Path(cached).parent
+        raise FileNotFoundError(f"{nowhere}'s cache: {_first_line(error)}") from None
+
+    wanted = [name for name in names if name.endswith(".json") or name.startswith("tokenizer/")]
+    for part, stem in WEIGHT_STEMS.items():
+        inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+        chosen = weights.choose_weights(inside, stem, variant)
+        if chosen is not None:
+            wanted.append(f"{part}/{chosen}")
+        if chosen is not None and chosen.endswith(".json"):
+            index = hf_hub_download(repo, f"{part}/{chosen}", revision=revision)
+            wanted += [f"{part}/{name}" for name in weights.shard_names(Path(index))]
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _load_network(
+    module_class: type,
+    config: Any,
+    folder: Path,
+    part: str,
+    dtype: str,
+    variant: str | None,
+    *,
+    dtype_of: Callable[[str], str] | None = None,
+    may_lack: tuple[str, ...] = (),
+    prefix: str = "",
+) -> Network:
+    config = replace(config, dtype=dtype)
+    tensors = weights.read_tensors(folder, WEIGHT_STEMS[part], variant)
+    params = weights.merge(
+        parameter_shapes(module_class, config),
+        (
+            (name if name.startswith(prefix) else f"{prefix}{name}", tensor)
+            for name, tensor in tensors
+        ),
+        dtype_of=dtype_of or (lambda name: dtype),
+        where=str(folder),
+        may_lack=may_lack,
+    )
+    return Network(module_class, config, params)
+
+
+def _save_network(folder: Path, part: str, network: Network, config: Mapping[str, Any]) -> None:
+    weights.save_tensors(folder / f"{WEIGHT_STEMS[part]}.safetensors", network.params)
+    _write_json(folder / "config.json", config)
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def _read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    path = folder / name
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; is the download complete?") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: not a JSON object, but {type(tree).__name__}")
+    return tree

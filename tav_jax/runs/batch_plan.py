@@ -1,0 +1,115 @@
+"""Plans of batch sampling, YAML or CSV, in the form that `launch/batch_sample.py` describes."""
+
+import csv
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from tav_jax.diffusion.samplers import Sampler
+from tav_jax.runs.samples import Job, Sample, plan_samples
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Item:
+    """One video of a plan; what is None is as the run has it."""
+
+    run: str
+    prompt: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    negative_prompt: str | None = None
+    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    num_inference_steps: Annotated[int, Field(gt=0, lt=1000)] | None = None
+    num_inv_steps: Annotated[int, Field(gt=0, lt=1000)] | None = None
+    sampler: Sampler | None = None
+    eta: Annotated[float, Field(ge=0, le=1)] | None = None
+    use_inv_latent: bool = True
+
+    def to_sample(self, default: Sample) -> Sample:
+        settings = {
+            name: value
+            for name, value in asdict(self).items()
+            if value is not None and name not in ("run", "use_inv_latent")
+        }
+        sample = replace(default, **settings, name_seed=self.seed is not None)
+        return sample if self.use_inv_latent else replace(sample, num_inv_steps=None)
+
+
+def read_plan(path: Path) -> list[Item]:
+    """Returns the videos that a plan asks for.
+
+    Raises:
+        ValueError: the file is no plan; every offending line or key is listed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    rows = list(_csv_rows(text) if path.suffix == ".csv" else _yaml_rows(text, path))
+    items, problems = [], set()
+    for where, row in rows:
+        try:
+            items.append(TypeAdapter(Item).validate_python(row))
+        except ValidationError as error:
+            for problem in error.errors():
+                name = ".".join(str(part) for part in problem["loc"])
+                problems.add(f"  {where}{name}: {problem['msg']} (got {problem['input']!r})")
+    if problems or not items:
+        lines = sorted(problems) or ["  it asks for nothing: name runs and prompts"]
+        raise ValueError(f"{path}:\n" + "\n".join(lines))
+    return list(dict.fromkeys(items))
+
+
+def _csv_rows(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, row in enumerate(csv.DictReader(text.splitlines()), start=2):
+        # An empty cell means the run's own setting; cells beyond the header have the key None.
+        yield f"line {number}, ", {str(key): cell for key, cell in row.items() if cell}
+
+
+def _yaml_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        plan = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(plan, dict):
+        raise ValueError(f"{path}: expected the keys runs and prompts")
+    lists = {name: plan.pop(name, None) for name in ("runs", "prompts", "seeds")}
+    wrong = [
+        name
+        for name, value in lists.items()
+        if not isinstance(value, list) and not (name == "seeds" and value is None)
+    ]
+    if wrong:
+        raise ValueError(f"{path}: expected lists under {', '.join(wrong)}")
+    seeds = lists["seeds"] or [None]
+    for run, prompt, seed in itertools.product(lists["runs"], lists["prompts"], seeds):
+        yield "", {**plan, "run": run, "prompt": prompt, "seed": seed}
+
+
+def plan_jobs(items: Sequence[Item]) -> list[Job]:
+    """Returns what is to be sampled from each run, all looked at and nothing changed.
+
+    Raises:
+        ValueError: runs are missing, or videos of other settings are there; lists all.
+    """
+    by_run: dict[Path, list[Item]] = {}
+    for item in items:  # a run may be named in several ways
+        by_run.setdefault(Path(item.run).resolve(), []).append(item)
+    jobs, problems = [], []
+    for wanted in by_run.values():
+
+        def make_samples(default: Sample, wanted: list[Item] = wanted) -> list[Sample]:
+            return [item.to_sample(default) for item in wanted]
+
+        try:
+            jobs.append(plan_samples(wanted[0].run, make_samples))
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return jobs

@@ -1,0 +1,1 @@
+"""The tuning step, what trains, checkpoints and memory."""

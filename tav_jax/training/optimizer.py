@@ -1,0 +1,107 @@
+"""Which parameters train: labels from names, and the optimiser that follows them."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import optax
+
+from tav_jax.pretrained.weights import in_modules
+from tav_jax.types import Params
+
+Label = Literal["train", "freeze"]
+LRScheduler = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+]
+
+TRAINABLE_MODULES = ("attn1.to_q", "attn2.to_q", "attn_temp")
+"""What Tune-A-Video trains: the queries of both attentions and all of the temporal attention."""
+
+
+def label_params(names: Iterable[str], trainable_modules: Sequence[str]) -> dict[str, Label]:
+    """Returns "train" or "freeze" for every parameter name.
+
+    A pattern names a module by the end of its path, whole names only, as `trainable_modules` of
+    the original does: "attn1.to_q" is every `...attn1.to_q.kernel`, "attn_temp" all below it.
+
+    Raises:
+        ValueError: a pattern matches nothing; all such patterns are listed, with near names.
+    """
+    names = list(names)
+    unmatched = [
+        module
+        for module in trainable_modules
+        if not any(in_modules(name, [module]) for name in names)
+    ]
+    if not trainable_modules:
+        raise ValueError("trainable_modules: empty, so nothing would train; name some modules")
+    if unmatched:
+        raise ValueError("\n".join(_no_match(module, names) for module in unmatched))
+    return {name: "train" if in_modules(name, trainable_modules) else "freeze" for name in names}
+
+
+def _no_match(pattern: str, names: list[str]) -> str:
+    """Says what a pattern might have meant: modules named alike by their last two steps."""
+    paths = [name.split(".")[:-1] for name in names]
+    modules = {".".join(path[-depth:]) for path in paths for depth in (1, 2)}
+    modules = {module for module in modules if not module.split(".")[0].isdigit()}
+    tail = pattern.split(".")[-1]
+    same_end = sorted(m for m in modules if m.endswith(f".{tail}"))
+    near = same_end or difflib.get_close_matches(pattern, sorted(modules), n=5, cutoff=0.4)
+    hint = f"modules like it: {', '.join(near)}" if near else "see model.unet.params for all names"
+    return f"trainable_modules: '{pattern}' matches no parameter; {hint}"
+
+
+def select(params: Params, labels: dict[str, Label], label: Label) -> Params:
+    """Returns the parameters that carry a label."""
+    return {name: value for name, value in params.items() if labels[name] == label}
+
+
+def make_optimizer(
+    labels: dict[str, Label],
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    adam_beta1: float = 0.9,
+    adam_beta2: float = 0.999,
+    adam_epsilon: float = 1e-8,
+    adam_weight_decay: float = 1e-2,
+    max_grad_norm: float = 1.0,
+) -> optax.GradientTransformation:
+    """Returns AdamW for the parameters labelled "train" and nothing at all for the others.
+
+    Loshchilov & Hutter 2019 (arXiv:1711.05101). Clipping sits inside the trained branch: the norm
+    is then over what trains, as in the original, and no frozen weight's gradient is ever used, so
+    the compiler leaves all of them out.
+    """
+    adamw = optax.adamw(
+        learning_rate,
+        b1=adam_beta1,
+        b2=adam_beta2,
+        eps=adam_epsilon,
+        weight_decay=adam_weight_decay,
+    )
+    train = optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
+    return optax.partition({"train": train, "freeze": optax.set_to_zero()}, labels)
+
+
+def make_lr_schedule(
+    name: LRScheduler, learning_rate: float, *, warmup_steps: int, total_steps: int
+) -> optax.Schedule:
+    """Returns the learning rate of each update, counted from 0.
+
+    The names are diffusers' `get_scheduler`'s. "constant" takes no warm-up, there as here; the
+    others rise from 0 over `warmup_steps` and then fall to 0 at `total_steps` (polynomial: to
+    1e-7), or stay.
+    """
+    rest = max(1, total_steps - warmup_steps)
+    after = {
+        "constant_with_warmup": optax.constant_schedule(learning_rate),
+        "linear": optax.linear_schedule(learning_rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(learning_rate, rest),
+        "cosine_with_restarts": optax.cosine_decay_schedule(learning_rate, rest),
+        "polynomial": optax.polynomial_schedule(learning_rate, min(1e-7, learning_rate), 1, rest),
+    }
+    if name == "constant":
+        return optax.constant_schedule(learning_rate)
+    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, after[name]], [warmup_steps])

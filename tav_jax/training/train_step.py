@@ -1,0 +1,191 @@
+"""The tuning step: noise the clip, predict the noise, move what trains."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Int, UInt32
+
+from tav_jax.diffusion.schedule import NoiseSchedule, add_noise, training_target
+from tav_jax.models.network import Network
+from tav_jax.models.unet import UNet3DConditionModel
+from tav_jax.models.vae import sample_posterior
+from tav_jax.parallel.sharding import denoiser, laid
+from tav_jax.pretrained.weights import in_modules
+from tav_jax.training.optimizer import Label, select
+from tav_jax.types import Context, Denoiser, Latents, Moments, Params, PRNGKey, Scalar, Timesteps
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes, and the key that it does not.
+
+    Args:
+        unet: The whole network, frozen leaves too; the optimiser knows which of them move.
+        step: Updates done so far. Randomness of the next comes from `key` and this alone.
+    """
+
+    unet: Network[UNet3DConditionModel]
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+    key: PRNGKey
+
+
+class Draw(NamedTuple):
+    """What one step draws at random, given the clip."""
+
+    latents: Latents
+    noise: Latents
+    timesteps: Timesteps
+
+
+def init_state(
+    unet: Network[UNet3DConditionModel], optimizer: optax.GradientTransformation, key: PRNGKey
+) -> TrainState:
+    """Returns the state before the first step."""
+    return TrainState(unet, optimizer.init(unet.params), jnp.int32(0), key)
+
+
+def denoising_loss(
+    denoise: Denoiser, schedule: NoiseSchedule, draw: Draw, context: Context
+) -> Scalar:
+    """Returns the mean squared error of the prediction, in float32.
+
+    Wu et al. 2023, eq. 1 (Ho et al. 2020, eq. 14), or its v-prediction form.
+    """
+    noisy_latents = add_noise(schedule, draw.latents, draw.noise, draw.timesteps)
+    model_pred = denoise(noisy_latents, draw.timesteps, context)
+    target = training_target(schedule, draw.latents, draw.noise, draw.timesteps)
+    return jnp.mean(jnp.square(model_pred.astype(jnp.float32) - target))
+
+
+def draw_batch(
+    key: PRNGKey, moments: Moments, schedule: NoiseSchedule, scaling_factor: float
+) -> Draw:
+    """Returns latents from the posterior, noise, and one uniform timestep per clip.
+
+    The posterior is sampled anew for each step, as the published code does by encoding again.
+    """
+    posterior_key, noise_key, timestep_key = jax.random.split(key, 3)
+    shape = (*moments.shape[:-1], moments.shape[-1] // 2)
+    return Draw(
+        sample_posterior(moments, jax.random.normal(posterior_key, shape), scaling_factor),
+        jax.random.normal(noise_key, shape),
+        jax.random.randint(timestep_key, shape[:1], 0, len(schedule.alphas_cumprod)),
+    )
+
+
+def loss_and_gradients(
+    unet: Network[UNet3DConditionModel],
+    labels: dict[str, Label],
+    schedule: NoiseSchedule,
+    draw: Draw,
+    context: Context,
+) -> tuple[Scalar, Params]:
+    """Returns the loss and its gradients by the parameters labelled "train".
+
+    The derivative is written for the whole network. What is not selected is not computed: the
+    compiler drops it (a test counts the FLOPs).
+    """
+    loss, gradients = jax.value_and_grad(
+        lambda unet: denoising_loss(denoiser(unet), schedule, draw, context)
+    )(unet)
+    return loss, select(gradients.params, labels, "train")
+
+
+def apply_gradients(
+    state: TrainState, gradients: Params, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Returns the state one update on, given the gradients of all that trains.
+
+    The other leaves are handed on untouched, as the very same buffers.
+    """
+    params = state.unet.params
+    every = {name: gradients.get(name, jnp.zeros_like(value)) for name, value in params.items()}
+    updates, opt_state = optimizer.update(every, state.opt_state, params)
+    moved = {name: optax.apply_updates(params[name], updates[name]) for name in gradients}
+    unet = state.unet.with_params(params | moved)
+    # The next step takes this one's state, so it lies as the first did.
+    return laid(state._replace(unet=unet, opt_state=opt_state, step=state.step + 1))
+
+
+def train_step(
+    state: TrainState,
+    moments: Moments,
+    context: Context,
+    schedule: NoiseSchedule,
+    *,
+    optimizer: optax.GradientTransformation,
+    labels: dict[str, Label],
+    scaling_factor: float,
+    gradient_accumulation_steps: int = 1,
+) -> tuple[TrainState, dict[str, Scalar]]:
+    """Returns the state after one update, with its `loss` and `grad_norm` (before clipping).
+
+    Args:
+        moments: Posterior of the clip as `vae.encode` gives it, one batch item per draw.
+        context: Text states of the clip's prompt, likewise.
+        labels: As `label_params` gives them, the same that the optimiser was made with.
+        gradient_accumulation_steps: Draws, one after another, over which the gradient is a mean.
+    """
+    step_key = jax.random.fold_in(state.key, state.step)
+
+    def add_draw(total: tuple[Scalar, Params], index: Int[Array, ""]):
+        draw = draw_batch(jax.random.fold_in(step_key, index), moments, schedule, scaling_factor)
+        one = loss_and_gradients(state.unet, labels, schedule, draw, context)
+        return jax.tree.map(jnp.add, total, one), None
+
+    nothing = jax.tree.map(jnp.zeros_like, select(state.unet.params, labels, "train"))
+    total, _ = jax.lax.scan(
+        add_draw, (jnp.float32(0), nothing), jnp.arange(gradient_accumulation_steps)
+    )
+    loss, gradients = jax.tree.map(lambda x: x / gradient_accumulation_steps, total)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
+    return apply_gradients(state, gradients, optimizer), metrics
+
+
+class NotLearningError(RuntimeError):
+    """A run whose parameters do not move as they should."""
+
+
+def fingerprints(params: Params) -> dict[str, UInt32[Array, ""]]:
+    """Returns a number per parameter that changes when any bit of the parameter does.
+
+    A sum of the bit patterns, each times its own odd number, modulo 2^32.
+    """
+
+    def fingerprint(value: Array) -> Array:
+        bits = jax.lax.bitcast_convert_type(value, f"uint{8 * value.dtype.itemsize}")
+        odd = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+        return jnp.sum(bits.ravel().astype(jnp.uint32) * odd, dtype=jnp.uint32)
+
+    return {name: fingerprint(value) for name, value in params.items()}
+
+
+def check_movement(
+    before: Mapping[str, Array],
+    after: Mapping[str, Array],
+    labels: dict[str, Label],
+    trainable_modules: Sequence[str],
+) -> None:
+    """Raises unless every trained group has moved and no frozen parameter has.
+
+    Args:
+        before, after: Fingerprints of the U-Net's parameters, some updates apart.
+        trainable_modules: Each of them is a group.
+
+    Raises:
+        NotLearningError: what stayed, or what moved, by name.
+    """
+    moved = {name for name in before if int(before[name]) != int(after[name])}
+    still = [m for m in trainable_modules if not any(in_modules(name, [m]) for name in moved)]
+    drifted = sorted(name for name in moved if labels[name] == "freeze")
+    if still:
+        raise NotLearningError(
+            f"nothing has moved in {', '.join(still)}: this run learns nothing there; "
+            "look at learning_rate, lr_warmup_steps and grad_norm in metrics.jsonl"
+        )
+    if drifted:
+        raise NotLearningError(f"frozen parameters have changed: {', '.join(drifted)}")

@@ -1,0 +1,293 @@
+"""python -m tav_jax.worlds.experiments: the paper's comparisons on the small base model, measured.
+
+For each variant of the method, each clip and each seed: tune, invert, sample all prompts of
+`edits`, measure each video. What is measured is kept at once, so that the same command goes on
+where it was stopped; at the end it writes tables and plots.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+from tqdm import tqdm
+
+from tav_jax.console import command, say
+from tav_jax.diffusion.samplers import Sampler
+from tav_jax.files import written_whole
+from tav_jax.models.attention.dispatch import AttentionScope
+from tav_jax.pipeline import (
+    clean_latents,
+    compile_train_step,
+    decode_latents,
+    encode_frames,
+    encode_prompts,
+    invert_latents,
+    random_latents,
+    sample_latents,
+)
+from tav_jax.pretrained.model import Model, load_model
+from tav_jax.pretrained.weights import TEMPORAL, in_modules
+from tav_jax.runs.config import parse, read_tree
+from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
+from tav_jax.training.train_step import init_state
+from tav_jax.video.files import contact_sheet, to_frames, write_image
+from tav_jax.worlds.metrics import measure
+from tav_jax.worlds.report import Record, write_report
+from tav_jax.worlds.tiny_scenes.drawing import render
+from tav_jax.worlds.tiny_scenes.edits import Edit, edits_of, source_prompt
+from tav_jax.worlds.tiny_scenes.world import CLIPS, SIZE
+
+_strict = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, config=_strict)
+class Setting:
+    """One way of running the method. The defaults are what serves `tiny-scenes` best, but for the
+    numbers of steps: 25 take half the time of 50, and the figures are level.
+
+    Args:
+        temporal_attention: Whether the network has it, and tunes it.
+        inversion: Start from the inverted clip; otherwise from random noise of the seed.
+    """
+
+    attention_scope: AttentionScope = "sparse_causal"
+    temporal_attention: bool = True
+    max_train_steps: NonNegativeInt = 150
+    learning_rate: PositiveFloat = 2e-3
+    inversion: bool = True
+    guidance_scale: NonNegativeFloat = 2.0
+    num_inference_steps: PositiveInt = 25
+    num_inv_steps: PositiveInt = 25
+    sampler: Sampler = "ddim"
+
+
+@dataclass(frozen=True, config=_strict)
+class Experiment:
+    """Variants of the method to be compared, over clips and seeds.
+
+    Args:
+        variants: By name, what each changes in `setting`; the first is what others are held
+            against.
+        sweep: The one setting in which the variants differ, if they are a scale of it.
+        clips: Of the world's `CLIPS`.
+        frames: Of each clip.
+    """
+
+    variants: dict[str, dict[str, Any]]
+    setting: Setting = Field(default_factory=Setting)
+    sweep: str | None = None
+    pretrained_model_path: str = "tiny-scenes"
+    clips: tuple[str, ...] = tuple(CLIPS)
+    seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
+    frames: PositiveInt = 8
+
+    def __post_init__(self) -> None:
+        unknown = [clip for clip in self.clips if clip not in CLIPS]
+        if unknown or not self.clips or not self.seeds or not self.variants:
+            raise ValueError(
+                f"clips, seeds and variants must be given, and clips be among {', '.join(CLIPS)}"
+                + (f"; there is no {', '.join(unknown)}" if unknown else "")
+            )
+
+    def settings(self) -> dict[str, Setting]:
+        """Returns each variant's setting, by its name.
+
+        Raises:
+            ValueError: a variant names no setting, or gives it a wrong value.
+        """
+        return {
+            name: parse(Setting, asdict(self.setting) | changes, f"variants: {name}")
+            for name, changes in self.variants.items()
+        }
+
+
+def experiment(config: Experiment, folder: Path) -> None:
+    """Runs what is not yet in `folder`, then writes its report."""
+    settings = config.settings()
+    results = claim_results(folder, config)
+    done = {(record["variant"], record["clip"], record["seed"]) for record in results}
+    total = len(settings) * len(config.clips) * len(config.seeds)
+    bar = tqdm(total=total, initial=len(done), desc="experiments", mininterval=1)
+
+    # Variants that are tuned alike share their tuning.
+    def tuning(name: str) -> tuple:
+        setting = settings[name]
+        return setting.attention_scope, setting.temporal_attention, setting.learning_rate
+
+    with (folder / "results.jsonl").open("a", buffering=1) as file:
+        for _, names in groupby(sorted(settings, key=tuning), key=tuning):
+            tuned = Tuned(config, settings[(alike := list(names))[0]])
+            for clip, seed in product(config.clips, config.seeds):
+                frames, edits = tuned.frames(clip), edits_of(CLIPS[clip])
+                missing = [name for name in alike if (name, clip, seed) not in done]
+                missing.sort(key=lambda name: settings[name].max_train_steps)
+                steps = [settings[name].max_train_steps for name in missing]
+                for name, model in zip(missing, tuned.after(clip, seed, steps), strict=True):
+                    videos = sample_edits(model, frames, edits, settings[name], seed)
+                    record = measure_all(name, clip, seed, edits, videos)
+                    file.write(json.dumps(record) + "\n")
+                    results.append(record)
+                    if seed == config.seeds[0]:
+                        keep_sheet(folder, name, clip, frames, edits, videos)
+                    bar.update()
+    bar.close()
+    write_report(folder, results, list(settings), config.sweep)
+
+
+def claim_results(folder: Path, config: Experiment) -> list[Record]:
+    """Returns what a folder holds of this experiment, having made it its own.
+
+    Raises:
+        ValueError: the folder belongs to another experiment.
+    """
+    settings, results = folder / "experiment.json", folder / "results.jsonl"
+    text = json.dumps(asdict(config), indent=2) + "\n"
+    if settings.is_file() and settings.read_text() != text:
+        raise ValueError(f"--output-dir: {folder} holds another experiment; name another folder")
+    if not settings.is_file() and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--output-dir: {folder} exists and is no experiment; name another")
+    with written_whole(settings) as path:
+        path.write_text(text)
+    if not results.is_file():
+        return []
+    # The last line may have been cut by a kill: then it is made again.
+    lines = [line for line in results.read_text().splitlines(keepends=True) if line[-1] == "\n"]
+    with written_whole(results) as path:
+        path.write_text("".join(lines))
+    return [json.loads(line) for line in lines]
+
+
+class Tuned:
+    """Models tuned on clips under one way of tuning, compiled once."""
+
+    def __init__(self, config: Experiment, setting: Setting):
+        self.config, self.setting = config, setting
+        modules = list(TRAINABLE_MODULES)
+        if not setting.temporal_attention:
+            modules.remove("attn_temp")
+        model = self.base(0)
+        labels = label_params(model.unet.params, modules)
+        self.optimizer = make_optimizer(labels, setting.learning_rate)
+        self.step = compile_train_step(
+            model.vae.config.scaling_factor, optimizer=self.optimizer, labels=labels
+        )
+
+    def base(self, seed: int) -> Model:
+        """Returns the untuned model, its temporal attention drawn from the seed."""
+        model = load_model(
+            self.config.pretrained_model_path,
+            attention_scope=self.setting.attention_scope,
+            key=jax.random.key(seed),
+        )
+        if self.setting.temporal_attention:
+            return model
+        params = model.unet.params.items()
+        kept = {name: value for name, value in params if not in_modules(name, TEMPORAL)}
+        return model.with_unet(model.unet.with_config(temporal_attention=False).with_params(kept))
+
+    def frames(self, clip: str) -> UInt8[np.ndarray, "f H W 3"]:
+        return render(CLIPS[clip], self.config.frames)
+
+    def after(self, clip: str, seed: int, steps: Sequence[int]) -> Iterator[Model]:
+        """Yields the model after each of the given numbers of steps, which ascend."""
+        if not steps:
+            return
+        model = self.base(seed)
+        moments = encode_frames(model, self.frames(clip))
+        context = encode_prompts(model, [source_prompt(CLIPS[clip])])
+        state, done = init_state(model.unet, self.optimizer, jax.random.key(seed)), 0
+        for wanted in steps:
+            for _ in range(wanted - done):
+                state, _ = self.step(state, moments, context, model.schedule)
+            done = wanted
+            # A copy, since the next step gives the state's buffers away.
+            yield model.with_unet(jax.tree.map(jnp.copy, state.unet))
+
+
+def sample_edits(
+    model: Model,
+    frames: UInt8[np.ndarray, "f H W 3"],
+    edits: Sequence[Edit],
+    setting: Setting,
+    seed: int,
+) -> UInt8[np.ndarray, "p f H W 3"]:
+    """Returns a video for each edit, all from the same noise."""
+    if setting.inversion:
+        latents = clean_latents(model, encode_frames(model, frames))
+        noise = invert_latents(model, latents, num_inv_steps=setting.num_inv_steps)
+    else:
+        noise = random_latents(model, [seed], len(frames), SIZE, SIZE)
+    latents = sample_latents(
+        model,
+        noise,
+        [edit.prompt for edit in edits],
+        guidance_scale=setting.guidance_scale,
+        num_inference_steps=setting.num_inference_steps,
+        sampler=setting.sampler,
+    )
+    return to_frames(np.asarray(decode_latents(model, latents)))
+
+
+def measure_all(
+    variant: str, clip: str, seed: int, edits: Sequence[Edit], videos: np.ndarray
+) -> Record:
+    return {
+        "variant": variant,
+        "clip": clip,
+        "motion": CLIPS[clip].motion,
+        "seed": seed,
+        "videos": [
+            {"kind": edit.kind, "prompt": edit.prompt} | measure(video, CLIPS[clip], edit.asks)
+            for edit, video in zip(edits, videos, strict=True)
+        ],
+    }
+
+
+def keep_sheet(
+    folder: Path,
+    variant: str,
+    clip: str,
+    frames: np.ndarray,
+    edits: Sequence[Edit],
+    videos: np.ndarray,
+) -> None:
+    """Writes one picture of all videos of a variant and clip: figures alone may deceive."""
+    rows = {"clip": frames} | {
+        f"{edit.kind}: {edit.prompt}": video for edit, video in zip(edits, videos, strict=True)
+    }
+    (folder / "sheets").mkdir(exist_ok=True)
+    write_image(folder / "sheets" / f"{clip} - {variant}.png", contact_sheet(rows))
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tav_jax.worlds.experiments",
+        description="Compare variants of the method on the small base model. Run again, the same "
+        "command goes on, and writes the report anew.",
+        epilog="example: python -m tav_jax.worlds.experiments "
+        "--config configs/experiments/ablations.yaml",
+    )
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML")
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="outputs/experiments/NAME")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the file's values")
+    args = parser.parse_args(argv)
+    config = parse(Experiment, read_tree(args.config, args.overrides), str(args.config))
+    folder = args.output_dir or Path("outputs/experiments") / args.config.stem
+    experiment(config, folder)
+    say(f"wrote {folder / 'report.md'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""python -m tav_jax.worlds.text_to_image: how often a model draws what captions name."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from tav_jax.console import command, say
+from tav_jax.pipeline import decode_latents, random_latents, sample_latents
+from tav_jax.pretrained.model import Model, load_model
+from tav_jax.video.files import contact_sheet, to_frames, write_image
+from tav_jax.worlds.tiny_scenes.detector import read_frame
+from tav_jax.worlds.tiny_scenes.world import (
+    ATTRIBUTES,
+    SIZE,
+    TAUGHT_STYLES,
+    Scene,
+    describe,
+    sample_scenes,
+)
+
+AT_ONCE = 100  # pictures
+
+
+def draw(model: Model, prompts: Sequence[str], guidance_scale: float, seed: int) -> np.ndarray:
+    """Returns a picture per prompt, from random noise in 50 steps."""
+    pictures = []
+    for start in range(0, len(prompts), AT_ONCE):
+        few = list(prompts[start : start + AT_ONCE])
+        seeds = [seed * 1_000_000 + start + index for index in range(len(few))]
+        latents = sample_latents(
+            model,
+            random_latents(model, seeds, 1, SIZE, SIZE),
+            few,
+            guidance_scale=guidance_scale,
+        )
+        pictures.append(to_frames(np.asarray(decode_latents(model, latents)))[:, 0])
+    return np.concatenate(pictures)
+
+
+def share_right(scenes: Sequence[Scene], frames: UInt8[np.ndarray, "n H W 3"]) -> dict[str, float]:
+    """Returns how often the reader finds in pictures what their scenes say."""
+    seen = read_frame(frames, styles=TAUGHT_STYLES)
+    return {
+        name: float(
+            np.mean(
+                [
+                    bool(present) and names[index] == getattr(scene, name)
+                    for scene, index, present in zip(
+                        scenes, getattr(seen, name).tolist(), seen.present, strict=True
+                    )
+                ]
+            )
+        )
+        for name, names in ATTRIBUTES.items()
+    }
+
+
+def in_words(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+
+
+def draw_scenes(
+    model: Model, count: int, guidance_scale: float, *, held_out: bool, seed: int
+) -> tuple[list[Scene], UInt8[np.ndarray, "n H W 3"]]:
+    """Returns random scenes, and what the model draws from full prompts about them.
+
+    Args:
+        held_out: Whether of pairs of subject and colour that no training saw, or of the others.
+    """
+    rng = np.random.default_rng((seed, held_out))
+    scenes = sample_scenes(rng, count, held_out=held_out, styles=TAUGHT_STYLES)
+    return scenes, draw(model, [describe(scene) for scene in scenes], guidance_scale, seed)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tav_jax.worlds.text_to_image",
+        description="Let a model draw random captions and tell how often a reader finds in the "
+        "pictures what the captions name.",
+        epilog="example: python -m tav_jax.worlds.text_to_image --guidance-scale 2 3 5",
+    )
+    parser.add_argument("--model", default="tiny-scenes", help="folder or name (tiny-scenes)")
+    parser.add_argument("--count", type=int, default=500, help="captions of each kind (500)")
+    parser.add_argument("--guidance-scale", type=float, nargs="+", default=[3.0], metavar="SCALE")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="some of the pictures")
+    args = parser.parse_args(argv)
+    model = load_model(args.model, attention_scope="spatial")
+    rows = {}
+    for scale in args.guidance_scale:
+        for held_out in (False, True):
+            scenes, pictures = draw_scenes(
+                model, args.count, scale, held_out=held_out, seed=args.seed
+            )
+            pairs = "held-out pairs" if held_out else "seen pairs"
+            say(f"guidance {scale:g}, {pairs}: {in_words(share_right(scenes, pictures))}")
+            rows[f"guidance {scale:g}, {pairs}: {describe(scenes[0])} ..."] = pictures[:8]
+    if args.sheet:
+        write_image(args.sheet, contact_sheet(rows))
+        say(f"wrote {args.sheet}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Prompts for a clip of the world, and what a picture must show to have followed them."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tav_jax.worlds.tiny_scenes.world import ATTRIBUTES, SUBJECTS, TAUGHT_STYLES, Scene, describe
+
+TAUGHT = ATTRIBUTES | {"style": TAUGHT_STYLES}
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A prompt and what it asks for.
+
+    Args:
+        kind: "source" for the clip's own caption, "open" where words leave something open, else
+            what is changed: one of `ATTRIBUTES`, or "all" but the style.
+        asks: Of `ATTRIBUTES` those that the prompt names.
+    """
+
+    kind: str
+    prompt: str
+    asks: dict[str, str]
+
+
+def source_prompt(clip: Scene) -> str:
+    return describe(clip)
+
+
+def edits_of(clip: Scene) -> list[Edit]:
+    """Returns the source prompt, eight edits that say everything, and three open prompts."""
+
+    def other(attribute: str, steps: int) -> str:
+        values = TAUGHT[attribute]
+        return values[(values.index(getattr(clip, attribute)) + steps) % len(values)]
+
+    changed: list[tuple[str, dict[str, Any]]] = [
+        ("source", {}),
+        ("subject", {"subject": other("subject", 1)}),
+        ("subject", {"subject": other("subject", 3)}),
+        ("colour", {"colour": other("colour", 1)}),
+        ("colour", {"colour": other("colour", 4)}),
+        ("background", {"background": other("background", 1)}),
+        ("background", {"background": other("background", 2)}),
+        ("style", {"style": other("style", 1 + SUBJECTS.index(clip.subject) % 2)}),
+        ("all", {name: other(name, 2) for name in ("subject", "colour", "background")}),
+    ]
+    edits = []
+    for kind, changes in changed:
+        scene = replace(clip, **changes)
+        asks = {name: getattr(scene, name) for name in ATTRIBUTES}
+        edits.append(Edit(kind, describe(scene), asks))
+    for said in (
+        {"colour": False, "background": False},
+        {"subject": False, "motion": False, "link": " is"},
+        {"colour": False, "motion": False, "link": " is"},
+    ):
+        asks = {
+            name: getattr(clip, name)
+            for name in ("subject", "colour", "background")
+            if said.get(name, True)
+        }
+        edits.append(Edit("open", describe(clip, **said), asks))
+    return edits
