@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tav_jax.console import command, say
+from tav_jax.errors import UserError
 from tav_jax.files import (
     claimed,
     place_without_access,
@@ -138,7 +139,7 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, OSError):
-        raise ValueError(
+        raise UserError(
             f"--manifest: {path} is there and is no manifest; name another file"
         ) from None
 
@@ -188,7 +189,7 @@ def devices_here() -> tuple[str, int]:
     question = "import jax; print(jax.default_backend(), jax.local_device_count())"
     asked = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True)
     if asked.returncode:
-        raise OSError(f"JAX does not start: {(asked.stderr.strip() or '?').splitlines()[-1]}")
+        raise UserError(f"JAX does not start: {(asked.stderr.strip() or '?').splitlines()[-1]}")
     platform, count = asked.stdout.split()[-2:]
     return platform, int(count)
 
@@ -202,12 +203,12 @@ def worker_environments(workers: int, platform: str, count: int) -> list[dict[st
     if platform == "cpu":
         return [{}] * workers
     if platform != "gpu":
-        raise ValueError(
+        raise UserError(
             f"--workers {workers}: a host's {platform} chips belong to one process; leave it out, "
             "and start one process on each host"
         )
     if workers > count:
-        raise ValueError(f"--workers {workers}: each needs a GPU, and this host has {count}")
+        raise UserError(f"--workers {workers}: each needs a GPU, and this host has {count}")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     return [{"CUDA_VISIBLE_DEVICES": name} for name in visible.split(",")[:workers]]
 
@@ -278,11 +279,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     numbers = {"--batch-size": args.batch_size, "--workers": args.workers}
     if wrong := [f"{name} {value}" for name, value in numbers.items() if value < 1]:
-        raise ValueError("\n".join(f"{one}: expected 1 or more" for one in wrong))
+        raise UserError("\n".join(f"{one}: expected 1 or more" for one in wrong))
     jobs = plan_jobs(read_plan(args.plan))
     manifest = args.manifest or args.plan.with_suffix(".manifest.jsonl")
     if place := place_without_access(manifest.absolute().parent):
-        raise ValueError(f"--manifest: nothing can be written in {place}; name another file")
+        raise UserError(f"--manifest: nothing can be written in {place}; name another file")
     read_manifest(manifest)
 
     total, wanted = sum(len(job.samples) for job in jobs), sum(len(job.wanted) for job in jobs)
@@ -309,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if failed:
         rest = "the same command makes what is missing" if missing else "yet no video is missing"
-        raise ChildProcessError("\n".join([*failed, rest]))
+        raise UserError("\n".join([*failed, rest]))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from tav_jax.errors import UserError, is_machine_error
 from tav_jax.parallel import processes as distributed
-from tav_jax.training.train_step import NotLearningError
 
 Main = Callable[[Sequence[str] | None], None]
 
@@ -72,8 +72,9 @@ def command(main: Main) -> Callable[..., int]:
             warnings.showwarning = _show_warning
             try:
                 main(argv)
-            except (ValueError, OSError, NotLearningError) as error:
-                if os.environ.get("TAV_JAX_TRACEBACK"):
+            except (UserError, OSError) as error:
+                expected = isinstance(error, UserError) or is_machine_error(error)
+                if not expected or os.environ.get("TAV_JAX_TRACEBACK"):
                     raise
                 print(f"error: {error}", file=sys.stderr)
                 return 1

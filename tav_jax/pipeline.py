@@ -27,6 +27,7 @@ from tav_jax.diffusion.samplers import (
     dpm_solver_stepper,
 )
 from tav_jax.diffusion.schedule import NoiseSchedule
+from tav_jax.errors import UserError
 from tav_jax.models.network import Network
 from tav_jax.parallel.sharding import denoiser, fetched, laid, over_frames, videos
 from tav_jax.pretrained.model import Model, tokenize
@@ -123,7 +124,7 @@ def encode_frames(model: Model, frames: UInt8[np.ndarray, "f H W 3"]) -> Moments
     """
     factor = model.vae.config.downsampling
     if frames.shape[1] % factor or frames.shape[2] % factor:
-        raise ValueError(
+        raise UserError(
             f"frames are {frames.shape[2]}x{frames.shape[1]}; this model takes sides that are "
             f"multiples of {factor}"
         )
@@ -200,7 +201,7 @@ def sample_latents(
     drawn: tuple = ()
     if eta > 0:
         if seeds is None or len(seeds) != len(prompts):
-            raise ValueError(f"eta {eta} draws noise: give seeds, one for each prompt")
+            raise UserError(f"eta {eta} draws noise: give seeds, one for each prompt")
         drawn = eta, jnp.stack([jax.random.key(seed) for seed in seeds])
 
     inputs = model.unet, model.schedule, (context, negative_context), guidance_scale, *drawn

@@ -9,6 +9,7 @@ from typing import get_args
 
 from tav_jax.console import command, say
 from tav_jax.diffusion.samplers import Sampler
+from tav_jax.errors import UserError
 from tav_jax.parallel import processes as distributed
 from tav_jax.parallel.processes import agreed, is_main
 from tav_jax.parallel.sharding import on_mesh
@@ -63,7 +64,7 @@ def renew_overview(job: Job) -> None:
         return
     try:
         source = read_clip(job.config)
-    except (OSError, ValueError) as error:
+    except UserError as error:
         say(f"the contact sheet goes without the clip: {error}")
         source = None
     for path in write_overview(job.folder, job.config, source):
@@ -88,10 +89,10 @@ def read_prompts(path: str | Path) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts: {path}: {error}") from None
+        raise UserError(f"--prompts: {path}: {error}") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"--prompts: {path} has no prompts; write one a line")
+        raise UserError(f"--prompts: {path} has no prompts; write one a line")
     return prompts
 
 
@@ -150,7 +151,7 @@ def _check(args: argparse.Namespace) -> None:
         if (value := getattr(args, name)) is not None and not low <= value <= high
     ]
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
 
 
 def _is_text(prompt: str) -> bool:
@@ -169,9 +170,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(args)
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
-        raise ValueError("no prompts: give --prompt TEXT or --prompts FILE")
+        raise UserError("no prompts: give --prompt TEXT or --prompts FILE")
     if garbled := [prompt for prompt in prompts if not _is_text(prompt)]:
-        raise ValueError("\n".join(f"--prompt: not text: {one!r}" for one in garbled))
+        raise UserError("\n".join(f"--prompt: not text: {one!r}" for one in garbled))
 
     def make_samples(default: Sample) -> list[Sample]:
         names = (

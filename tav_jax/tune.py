@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tav_jax.console import command, say
+from tav_jax.errors import NotLearningError, UserError
 from tav_jax.models.unet import GradientCheckpointing
 from tav_jax.parallel import processes as distributed
 from tav_jax.parallel.processes import agreed, is_main
@@ -60,7 +61,6 @@ from tav_jax.training.checkpoints import latest_step, restore_state, save_checkp
 from tav_jax.training.memory import Plan, Size, compile_plan, device_bytes, fitting_preset
 from tav_jax.training.optimizer import label_params, make_lr_schedule, make_optimizer
 from tav_jax.training.train_step import (
-    NotLearningError,
     TrainState,
     check_movement,
     fingerprints,
@@ -128,7 +128,7 @@ def _tune(config: TuneConfig, programs: Programs) -> None:
     state = resume(run, config, state, trained_names)
     start, end = int(state.step), config.max_train_steps
     if start >= end and latest_step(run.checkpoints) is None:
-        raise ValueError(
+        raise UserError(
             f"resume_from_checkpoint: {config.resume_from_checkpoint} has step {start} already; "
             f"max_train_steps is {end}, set it higher"
         )
@@ -264,10 +264,10 @@ def tune_all(configs: Sequence[TuneConfig]) -> None:
         try:
             claim_folder(with_absolute_paths(config))
             read_clip(config)
-        except (ValueError, OSError) as error:
+        except UserError as error:
             problems.append(str(error))
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     programs: Programs = {}
     failures = []
     for number, config in enumerate(configs, 1):

@@ -28,6 +28,7 @@ from tav_jax.bench.programs import (
     random_networks,
 )
 from tav_jax.console import command, say
+from tav_jax.errors import UserError
 from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
 from tav_jax.models.unet import chosen_attention
 from tav_jax.parallel.sharding import make_mesh, on_mesh
@@ -185,12 +186,12 @@ def topology_devices(topology: str, chips: int) -> list[jax.Device]:
         slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:  # of as many kinds as there are reasons
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"--aot {topology}: {reason}; it needs pip install '.[tpu]', and a name like v5e:2x2"
         ) from None
     devices = slice_.devices
     if not 1 <= chips <= len(devices):
-        raise ValueError(f"--chips {chips}: {topology} has {len(devices)}")
+        raise UserError(f"--chips {chips}: {topology} has {len(devices)}")
     return devices[:chips]
 
 
@@ -352,9 +353,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision = args.precision or ("no" if small else "bf16")
     dtype = "float32" if precision == "no" else "bfloat16"
     if args.repeats < 1:
-        raise ValueError(f"--repeats {args.repeats}: expected 1 or more")
+        raise UserError(f"--repeats {args.repeats}: expected 1 or more")
     if args.plot and absent:
-        raise ValueError("--plot: --aot runs nothing, so there are no times to draw")
+        raise UserError("--plot: --aot runs nothing, so there are no times to draw")
     name = args.network or ("small" if small else "v1-4")
     if args.model:
         networks, name = load_networks(args.model, dtype), args.model
@@ -362,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         networks = random_networks(name, dtype, only_shapes=absent is not None)
     factor = networks.vae.config.downsampling
     if odd := [size for size in args.size if size % factor]:
-        raise ValueError(f"--size {odd}: this model takes multiples of {factor}")
+        raise UserError(f"--size {odd}: this model takes multiples of {factor}")
     networks = networks.with_unet_config(attention=args.attention)
 
     # What is not here says by the mesh in force what it is, one chip too.

@@ -24,6 +24,7 @@ from tav_jax.diffusion.schedule import (
     dpm_solver_timesteps,
     step_size,
 )
+from tav_jax.errors import UserError
 from tav_jax.types import Context, Denoiser, Latents, Scalar, TextKeysValues
 
 Sampler = Literal["ddim", "dpm_solver"]
@@ -43,7 +44,7 @@ class DPMSolverState(NamedTuple):
 def check_eta(sampler: Sampler, eta: float) -> None:
     """Raises ValueError if a sampler is to draw noise at its steps that draws none."""
     if sampler != "ddim" and eta > 0:
-        raise ValueError(f"eta {eta}: of the samplers only ddim draws noise; set it to 0")
+        raise UserError(f"eta {eta}: of the samplers only ddim draws noise; set it to 0")
 
 
 def ddim_sample(

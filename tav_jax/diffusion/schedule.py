@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, Int32
 
+from tav_jax.errors import UserError
 from tav_jax.types import Latents, Scalar, Timesteps
 
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -200,7 +201,7 @@ def _last_timestep(schedule: NoiseSchedule, num_steps: int, sampler: str) -> int
     """Returns the noisiest timestep; raises if so many steps do not fit."""
     last = len(schedule.alphas_cumprod) - 1
     if not 1 <= num_steps <= last:
-        raise ValueError(f"number of {sampler} steps: expected 1 to {last}, got {num_steps}")
+        raise UserError(f"number of {sampler} steps: expected 1 to {last}, got {num_steps}")
     return last
 
 

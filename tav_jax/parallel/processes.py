@@ -30,6 +30,7 @@ import numpy as np
 from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
+from tav_jax.errors import UserError
 from tav_jax.parallel.last_words import translate_last_words
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = EXPLICIT = (
@@ -146,7 +147,7 @@ def read_job(environment: Mapping[str, str]) -> Job | None:
     heartbeat = variables.number("TAV_JAX_HEARTBEAT_SECONDS", Job.heartbeat_seconds, least=1)
     start = variables.number("TAV_JAX_START_SECONDS", Job.start_seconds, least=1)
     if variables.problems:
-        raise ValueError("\n".join(variables.problems))
+        raise UserError("\n".join(variables.problems))
     return job and replace(job, heartbeat_seconds=heartbeat, start_seconds=start)
 
 
@@ -221,7 +222,7 @@ def wait_for_all(name: str, seconds: float) -> None:
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
-        raise TimeoutError(
+        raise UserError(
             f"{name}: after {seconds:g} seconds not all of {global_state.num_processes} "
             "processes are there; see what the others say"
         ) from None

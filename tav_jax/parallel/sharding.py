@@ -21,6 +21,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tav_jax.errors import UserError
 from tav_jax.models.frame_collectives import FRAME_AXES
 from tav_jax.models.network import Network
 from tav_jax.types import Denoiser
@@ -62,22 +63,22 @@ def make_mesh(
     open_axes = [axis for axis in AXES if sizes[axis] == -1]
     taken = math.prod(sizes[axis] for axis in AXES if sizes[axis] != -1)
     if len(open_axes) > 1:
-        raise ValueError(f"{wanted}: only one of them can be -1, the rest")
+        raise UserError(f"{wanted}: only one of them can be -1, the rest")
     if taken > len(devices):
-        raise ValueError(f"{wanted}: that takes {taken} devices, there are {len(devices)}")
+        raise UserError(f"{wanted}: that takes {taken} devices, there are {len(devices)}")
     rest = len(devices) // taken
     shape = {axis: rest if axis in open_axes else sizes[axis] for axis in AXES}
     if open_axes == ["frames"] and frames % shape["fsdp"] == 0:
         shape["frames"] = math.gcd(rest, frames // shape["fsdp"])
     if frames % frame_devices(shape):
         divisors = [str(n) for n in range(1, frames + 1) if frames % n == 0]
-        raise ValueError(
+        raise UserError(
             f"{wanted}: {frames} frames do not divide over {frame_devices(shape)} devices (frames "
             f"x fsdp); they do over {', '.join(divisors)}"
         )
     left_out = len(devices) - math.prod(shape.values())
     if left_out and jax.process_count() > 1:
-        raise ValueError(
+        raise UserError(
             f"{wanted}: that leaves out {left_out} of {len(devices)} devices, and so processes; "
             f"{frames} frames are spread over {frame_devices(shape)}, give the rest to data"
         )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tav_jax.diffusion.schedule import NoiseSchedule, make_schedule
+from tav_jax.errors import UserError
 from tav_jax.models.clip import ACTIVATIONS, CLIPTextConfig
 from tav_jax.models.unet import UNetConfig
 from tav_jax.models.vae import VAEConfig
@@ -317,4 +318,4 @@ class _Reader:
             if not name.startswith("_") and self.published[name] not in (None, False):
                 self.problem(f"{name}: not known to us, so {self.published[name]!r} is refused")
         if self.problems:
-            raise ValueError(f"{self.where}: cannot be honoured:\n" + "\n".join(self.problems))
+            raise UserError(f"{self.where}: cannot be honoured:\n" + "\n".join(self.problems))

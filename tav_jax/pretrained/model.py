@@ -13,6 +13,7 @@ from jaxtyping import Int32
 from transformers import CLIPTokenizer
 
 from tav_jax.diffusion.schedule import NoiseSchedule
+from tav_jax.errors import MissingFileError, UserError
 from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
 from tav_jax.models.clip import CLIPTextModel
 from tav_jax.models.network import Network, parameter_shapes
@@ -80,7 +81,7 @@ def load_model(
     parts = (*WEIGHT_STEMS, *CONFIG_NAMES)
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder}: not a Stable Diffusion folder, it has no {', no '.join(missing)}"
         )
     model = Model(
@@ -103,12 +104,12 @@ def load_model(
     )
     widths = model.text_encoder.config.hidden_size, unet.config.cross_attention_dim
     if widths[0] != widths[1]:
-        raise ValueError(
+        raise UserError(
             f"{folder}: the text encoder gives states {widths[0]} wide, the U-Net takes {widths[1]}"
         )
     channels = unet.config.in_channels, model.vae.config.latent_channels
     if channels[0] != channels[1]:
-        raise ValueError(
+        raise UserError(
             f"{folder}: the U-Net takes {channels[0]} channels, the VAE gives {channels[1]} "
             "(inpainting models are of that kind)"
         )
@@ -120,7 +121,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     # Without these transformers makes up a vocabulary of two words and says nothing.
     names = {path.name for path in folder.iterdir()}
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
-        raise FileNotFoundError(f"{folder}: no vocab.json with merges.txt, nor tokenizer.json")
+        raise MissingFileError(f"{folder}: no vocab.json with merges.txt, nor tokenizer.json")
     return CLIPTokenizer.from_pretrained(folder)
 
 
@@ -257,12 +258,12 @@ def find_folder(
     try:
         names = HfApi().list_repo_files(repo, revision=revision)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(f"{nowhere}: {_first_line(error)}") from None
+        raise MissingFileError(f"{nowhere}: {_first_line(error)}") from None
     except Exception as error:  # no network, which each version of the client says in its own way
         cached = try_to_load_from_cache(repo, "model_index.json", revision=revision)
         if isinstance(cached, str):
             return Path(cached).parent
-        raise FileNotFoundError(f"{nowhere}'s cache: {_first_line(error)}") from None
+        raise MissingFileError(f"{nowhere}'s cache: {_first_line(error)}") from None
 
     wanted = [name for name in names if name.endswith(".json") or name.startswith("tokenizer/")]
     for part, stem in WEIGHT_STEMS.items():
@@ -322,9 +323,9 @@ def _read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; is the download complete?") from None
+        raise MissingFileError(f"{path}: no such file; is the download complete?") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: not a JSON object, but {type(tree).__name__}")
+        raise UserError(f"{path}: not a JSON object, but {type(tree).__name__}")
     return tree

@@ -23,6 +23,7 @@ import safetensors
 from jax import Array
 from safetensors.numpy import save_file
 
+from tav_jax.errors import MissingFileError, UserError
 from tav_jax.files import written_whole
 from tav_jax.models.layers import fan_in_uniform
 from tav_jax.types import Params, PRNGKey
@@ -115,7 +116,7 @@ def merge(
         if name not in met and not in_modules(name, may_lack):
             problems.append(f"  missing: {tensor_name(name)} {_published_shape(name, shapes)}")
     if problems:
-        raise ValueError(f"{where}: not the network of its config:\n" + "\n".join(sorted(problems)))
+        raise UserError(f"{where}: not the network of its config:\n" + "\n".join(sorted(problems)))
     return params
 
 
@@ -172,7 +173,7 @@ def read_tensors(
     """
     chosen = choose_weights([path.name for path in folder.iterdir()], stem, variant)
     if chosen is None:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder}: no {stem}{f'.{variant}' if variant else ''}.safetensors, nor shards or .bin"
         )
     for path in _shards(folder / chosen) if chosen.endswith(".json") else [folder / chosen]:
@@ -184,7 +185,7 @@ def read_tensors(
                 for name in file.keys():  # noqa: SIM118, it is no dictionary
                     yield name, file.get_tensor(name)
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path}: damaged or cut off ({error}); download it again") from None
+            raise UserError(f"{path}: damaged or cut off ({error}); download it again") from None
 
 
 def choose_weights(names: Iterable[str], stem: str, variant: str | None = None) -> str | None:
@@ -212,14 +213,14 @@ def shard_names(index: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: damaged ({error!r}); download it again") from None
+        raise UserError(f"{index}: damaged ({error!r}); download it again") from None
 
 
 def _shards(index: Path) -> list[Path]:
     paths = [index.parent / name for name in shard_names(index)]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{index} names shards that are not there: {', '.join(missing)}; download them"
         )
     return paths
@@ -229,7 +230,7 @@ def _read_pickled(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     try:
         import torch
     except ImportError:
-        raise ValueError(
+        raise UserError(
             f"{path}: a pickled checkpoint, which only PyTorch opens; "
             "`pip install 'tav_jax[interop]'`, or put the model's .safetensors beside it"
         ) from None
@@ -237,9 +238,9 @@ def _read_pickled(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not a file of plain tensors ({reason})") from None
+        raise UserError(f"{path}: not a file of plain tensors ({reason})") from None
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise ValueError(f"{path}: not a file of plain tensors; is it a whole training's state?")
+        raise UserError(f"{path}: not a file of plain tensors; is it a whole training's state?")
     for name, tensor in tensors.items():
         # NumPy has no bfloat16 that PyTorch knows of, and float32 holds every one of them.
         yield name, (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

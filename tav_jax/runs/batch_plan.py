@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from tav_jax.diffusion.samplers import Sampler
+from tav_jax.errors import UserError
 from tav_jax.runs.samples import Job, Sample, plan_samples
 
 
@@ -49,7 +50,7 @@ def read_plan(path: Path) -> list[Item]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"{path}: cannot be read: {error}") from None
     rows = list(_csv_rows(text) if path.suffix == ".csv" else _yaml_rows(text, path))
     items, problems = [], set()
     for where, row in rows:
@@ -61,7 +62,7 @@ def read_plan(path: Path) -> list[Item]:
                 problems.add(f"  {where}{name}: {problem['msg']} (got {problem['input']!r})")
     if problems or not items:
         lines = sorted(problems) or ["  it asks for nothing: name runs and prompts"]
-        raise ValueError(f"{path}:\n" + "\n".join(lines))
+        raise UserError(f"{path}:\n" + "\n".join(lines))
     return list(dict.fromkeys(items))
 
 
@@ -75,9 +76,9 @@ def _yaml_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         plan = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(plan, dict):
-        raise ValueError(f"{path}: expected the keys runs and prompts")
+        raise UserError(f"{path}: expected the keys runs and prompts")
     lists = {name: plan.pop(name, None) for name in ("runs", "prompts", "seeds")}
     wrong = [
         name
@@ -85,7 +86,7 @@ def _yaml_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(value, list) and not (name == "seeds" and value is None)
     ]
     if wrong:
-        raise ValueError(f"{path}: expected lists under {', '.join(wrong)}")
+        raise UserError(f"{path}: expected lists under {', '.join(wrong)}")
     seeds = lists["seeds"] or [None]
     for run, prompt, seed in itertools.product(lists["runs"], lists["prompts"], seeds):
         yield "", {**plan, "run": run, "prompt": prompt, "seed": seed}
@@ -108,8 +109,8 @@ def plan_jobs(items: Sequence[Item]) -> list[Job]:
 
         try:
             jobs.append(plan_samples(wanted[0].run, make_samples))
-        except (ValueError, OSError) as error:
+        except UserError as error:
             problems.append(str(error))
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     return jobs

@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from tav_jax.diffusion.samplers import Sampler, check_eta
+from tav_jax.errors import MissingFileError, UserError
 from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
 from tav_jax.training.optimizer import TRAINABLE_MODULES, LRScheduler
 
@@ -192,7 +193,7 @@ class TuneConfig:
         ]
         check_eta(validation.sampler, validation.eta)
         if validation.use_inv_latent and differing:
-            raise ValueError(
+            raise UserError(
                 f"validation_data: {', '.join(differing)} of train_data; the inverted clip has its "
                 "own size, so set them alike or use_inv_latent: false"
             )
@@ -225,7 +226,7 @@ def load_clips(
     common = read_tree(path, overrides)
     items = _read_yaml(Path(clips), "--clips")
     if not (isinstance(items, list) and items and all(isinstance(one, dict) for one in items)):
-        raise ValueError(f"{clips}: expected a list of keys and values, an item a clip")
+        raise UserError(f"{clips}: expected a list of keys and values, an item a clip")
     configs, notes, problems = [], [], []
     for number, item in enumerate(items, 1):
         tree = _over(common, item)
@@ -234,7 +235,7 @@ def load_clips(
             tree["output_dir"] = str(Path(common["output_dir"]) / Path(video).stem)
         try:
             config, more = _config_and_notes(tree, f"{clips}, clip {number}")
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
             continue
         configs.append(config)
@@ -246,7 +247,7 @@ def load_clips(
         if count > 1
     ]
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     return configs, list(dict.fromkeys(notes))
 
 
@@ -276,17 +277,17 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     """Returns a YAML file's keys and values; raises as `load_config` does, before any checks."""
     tree = _read_yaml(Path(path), "--config")
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected keys and values, as in configs/man-skiing.yaml")
+        raise UserError(f"{path}: expected keys and values, as in configs/man-skiing.yaml")
     return override(tree, overrides)
 
 
 def _read_yaml(path: Path, option: str) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"{option}: no such file {path}")
+        raise MissingFileError(f"{option}: no such file {path}")
     try:
         return yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -297,7 +298,7 @@ def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """
     problems = [problem for each in overrides if (problem := _set(tree, each))]
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     return tree
 
 
@@ -317,7 +318,7 @@ def parse(settings: type[T], tree: dict[str, Any], where: str) -> T:
     except ValidationError as error:
         known = list(_known_keys(settings))
         lines = [f"  {_explain(problem, known)}" for problem in error.errors()]
-        raise ValueError(f"{where}:\n" + "\n".join(sorted(lines))) from None
+        raise UserError(f"{where}:\n" + "\n".join(sorted(lines))) from None
 
 
 def parse_mesh(text: str) -> MeshSizes:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
+from tav_jax.errors import MissingFileError, UserError
 from tav_jax.files import place_without_access, written_whole
 from tav_jax.parallel.processes import agreed, is_main
 from tav_jax.parallel.sharding import fetched, laid, make_mesh
@@ -66,16 +67,16 @@ def claim_folder(config: TuneConfig) -> RunFolder:
         # Where it stands says nothing: a folder may be renamed, or mounted elsewhere.
         differing = differences(config, replace(theirs, output_dir=config.output_dir))
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"output_dir: {run.folder} is a run of other settings; name another output_dir, "
                 "or remove that one:\n" + "\n".join(f"  {line}" for line in differing)
             )
     elif run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
-        raise ValueError(
+        raise UserError(
             f"output_dir: {run.folder} exists and is no run of tav_jax.tune; name another"
         )
     if place := place_without_access(run.folder):
-        raise ValueError(f"output_dir: nothing can be written in {place}; name another")
+        raise UserError(f"output_dir: nothing can be written in {place}; name another")
     return run
 
 
@@ -98,16 +99,14 @@ def open_run(folder: str | Path, step: int | None = None) -> tuple[RunFolder, Tu
     """
     run = RunFolder(folder)
     if not run.config.is_file():
-        raise FileNotFoundError(f"--run: {folder} is not a run of tav_jax.tune: no config.yaml")
+        raise MissingFileError(f"--run: {folder} is not a run of tav_jax.tune: no config.yaml")
     config, _ = load_config(run.config)
     latest = latest_step(run.checkpoints)
     if latest is None:
-        raise FileNotFoundError(f"--run: {folder} has no checkpoint yet; run tav_jax.tune first")
+        raise MissingFileError(f"--run: {folder} has no checkpoint yet; run tav_jax.tune first")
     step = latest if step is None else step
     if not run.checkpoint(step).is_dir():
-        raise FileNotFoundError(
-            f"--step: {folder} has no checkpoint {step}; the newest is {latest}"
-        )
+        raise MissingFileError(f"--step: {folder} has no checkpoint {step}; the newest is {latest}")
     return run, config, step
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from tav_jax.diffusion.samplers import Sampler, check_eta
+from tav_jax.errors import ExistingFileError
 from tav_jax.files import written_whole
 from tav_jax.parallel.processes import is_main
 from tav_jax.parallel.sharding import fetched
@@ -113,7 +114,7 @@ def is_done(sample: Sample, folder: Path, video_format: str) -> bool:
     made = {"sampler": "ddim"} | made  # records of before there was a choice do not say
     if differing := _differing(made, sample):
         values = "; ".join(f"{name} {a!r} there, {b!r} here" for name, a, b in differing)
-        raise FileExistsError(
+        raise ExistingFileError(
             f"{video} was made with other settings ({values}); "
             "give another --output-dir, or --overwrite"
         )
@@ -331,5 +332,5 @@ def plan_samples(
         except FileExistsError as error:
             problems.append(str(error))
     if problems:
-        raise FileExistsError("\n".join(problems))
+        raise ExistingFileError("\n".join(problems))
     return job

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tav_jax.errors import UserError
 from tav_jax.training.train_step import TrainState
 from tav_jax.types import Params
 
@@ -70,7 +71,7 @@ def restore_trained(path: Path, like: Params) -> Params:
     """
     differing = _differences(path / "trained", like) if (path / "trained").is_dir() else []
     if differing:
-        raise ValueError(f"{path}: {MISFIT}:\n" + "\n".join(f"  {line}" for line in differing))
+        raise UserError(f"{path}: {MISFIT}:\n" + "\n".join(f"  {line}" for line in differing))
     return restore_item(path, "trained", like)
 
 
@@ -85,14 +86,14 @@ def _progress(state: TrainState) -> dict[str, Any]:
 def restore_item(path: Path, item: str, like: Any) -> Any:
     """Returns one pytree of a checkpoint folder, of the structure, shapes and types of `like`."""
     if not (path / item).is_dir():
-        raise ValueError(f"{path}: no checkpoint of ours; expected a folder checkpoints/<step>")
+        raise UserError(f"{path}: no checkpoint of ours; expected a folder checkpoints/<step>")
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
         with _manager(path.parent) as manager:
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
             restored = manager.restore(int(path.name), args=args)[item]
     except (ValueError, KeyError, FileNotFoundError) as error:
-        raise ValueError(f"{path}: {MISFIT}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{path}: {MISFIT}: {' '.join(str(error).split())[:300]}") from None
 
     def own(leaf: jax.Array) -> jax.Array:
         # Copies, since Orbax's buffers may be shared and the train step donates its state; and on

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from tav_jax.errors import UserError
 from tav_jax.models.unet import GradientCheckpointing
 
 # From the fastest to the thriftiest.
@@ -50,7 +51,7 @@ def planned_bytes(program: jax.stages.Compiled) -> int:
 def _analysis(program: jax.stages.Compiled) -> Any:
     memory = program.memory_analysis()
     if memory is None:
-        raise ValueError("memory: this compiler does not say what a program needs")
+        raise UserError("memory: this compiler does not say what a program needs")
     return memory
 
 
@@ -97,7 +98,7 @@ def fitting_preset(
             return preset, planned.program
     needs = "more" if planned.program is None else f"{planned.bytes / 1e9:.1f} GB"
     would = list(_what_fits(plan, asked[-1], size, limit))
-    raise ValueError(
+    raise UserError(
         f"memory: {size} with gradient_checkpointing={asked[-1]} need {needs}, there are "
         f"{limit / 1e9:.1f} GB; "
         + (f"what fits: {', or '.join(would)}" if would else "no smaller clip fits either")

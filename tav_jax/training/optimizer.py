@@ -6,6 +6,7 @@ from typing import Literal
 
 import optax
 
+from tav_jax.errors import UserError
 from tav_jax.pretrained.weights import in_modules
 from tav_jax.types import Params
 
@@ -34,9 +35,9 @@ def label_params(names: Iterable[str], trainable_modules: Sequence[str]) -> dict
         if not any(in_modules(name, [module]) for name in names)
     ]
     if not trainable_modules:
-        raise ValueError("trainable_modules: empty, so nothing would train; name some modules")
+        raise UserError("trainable_modules: empty, so nothing would train; name some modules")
     if unmatched:
-        raise ValueError("\n".join(_no_match(module, names) for module in unmatched))
+        raise UserError("\n".join(_no_match(module, names) for module in unmatched))
     return {name: "train" if in_modules(name, trainable_modules) else "freeze" for name in names}
 
 

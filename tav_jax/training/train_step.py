@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Int, UInt32
 
 from tav_jax.diffusion.schedule import NoiseSchedule, add_noise, training_target
+from tav_jax.errors import NotLearningError
 from tav_jax.models.network import Network
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import sample_posterior
@@ -144,10 +145,6 @@ def train_step(
     loss, gradients = jax.tree.map(lambda x: x / gradient_accumulation_steps, total)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
     return apply_gradients(state, gradients, optimizer), metrics
-
-
-class NotLearningError(RuntimeError):
-    """A run whose parameters do not move as they should."""
 
 
 def fingerprints(params: Params) -> dict[str, UInt32[Array, ""]]:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from tav_jax.errors import MissingFileError, UserError
 from tav_jax.files import written_whole
 
 # The wheel brings an ffmpeg; the machine need not have one. (0.7.0: mediapy 1.2.7 passes `-vsync`,
@@ -56,17 +57,17 @@ def read_frames(
     """
     path = Path(path)
     if fit not in FITS:
-        raise ValueError(f"fit is {fit!r}; it must be 'stretch' or 'crop'")
+        raise UserError(f"fit is {fit!r}; it must be 'stretch' or 'crop'")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such video file or folder of images")
+        raise MissingFileError(f"{path}: no such video file or folder of images")
 
     def choose(length: int) -> list[int]:
         try:
             return frame_indices(
                 length, n_sample_frames, sample_start_idx, sample_frame_rate, sampling
             )
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def resize(image: Image.Image) -> np.ndarray:
         return np.asarray(FITS[fit](image, (width, height), Image.Resampling.BICUBIC))
@@ -90,19 +91,19 @@ def frame_indices(
     """
     n, start, rate = n_sample_frames, sample_start_idx, sample_frame_rate
     if sampling not in ("rate", "uniform"):
-        raise ValueError(f"sampling is {sampling!r}; it must be 'rate' or 'uniform'")
+        raise UserError(f"sampling is {sampling!r}; it must be 'rate' or 'uniform'")
     if n < 1 or rate < 1:
-        raise ValueError(
+        raise UserError(
             f"n_sample_frames is {n}, sample_frame_rate is {rate}; each must be at least 1"
         )
     if not 0 <= start < length:
-        raise ValueError(f"sample_start_idx is {start}, but there are {length} frames from 0 on")
+        raise UserError(f"sample_start_idx is {start}, but there are {length} frames from 0 on")
 
     candidates = range(start, length, rate if sampling == "rate" else 1)
     if n > len(candidates):
         largest_rate = (length - 1 - start) // (n - 1)
         or_rate = f" or sample_frame_rate <= {largest_rate}" if 0 < largest_rate < rate else ""
-        raise ValueError(
+        raise UserError(
             f"n_sample_frames is {n}, but from frame {start} of {length} on there are "
             f"{len(candidates)} in steps of {candidates.step}; "
             f"use n_sample_frames <= {len(candidates)}{or_rate}"
@@ -132,7 +133,7 @@ def _read_video(path: Path, choose: Choose, resize: Resize) -> list[np.ndarray]:
             # Of ffmpeg's many lines the one that says why; else how mediapy's own begin.
             said = str(error)
             reasons = re.findall(r"Error [^:\n]+: (.+)", said) or re.split("[:\n]", said)
-            raise ValueError(
+            raise UserError(
                 f"{path}: ffmpeg cannot read a video from it ({reasons[0]}); "
                 "give an mp4, gif, webm or mov, or a folder of images"
             ) from None
@@ -154,7 +155,7 @@ def _read_folder(path: Path, choose: Choose, resize: Resize) -> list[np.ndarray]
         key=_natural_order,
     )
     if not files:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path}: no images in this folder; expected {' '.join(IMAGE_SUFFIXES)}"
         )
     sizes = {}
@@ -164,7 +165,7 @@ def _read_folder(path: Path, choose: Choose, resize: Resize) -> list[np.ndarray]
     [(usual, _)] = Counter(sizes.values()).most_common(1)
     if odd := [f"{name} ({size})" for name, size in sizes.items() if size != usual]:
         more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-        raise ValueError(
+        raise UserError(
             f"{path}: images must have one size; most are {usual}, not {', '.join(odd[:5])}{more}"
         )
     frames = []
@@ -186,7 +187,7 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except (OSError, SyntaxError):  # Pillow raises SyntaxError for a damaged PNG.
-        raise ValueError(f"{path}: not a readable image; replace or remove it") from None
+        raise UserError(f"{path}: not a readable image; replace or remove it") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -211,7 +212,7 @@ def to_frames(
     """The inverse of `to_pixel_values`, rounded to nearest; values beyond [-1, 1] are clipped."""
     values = np.asarray(pixel_values, np.float32)
     if missing := int(np.isnan(values).sum()):
-        raise ValueError(
+        raise UserError(
             f"pixel_values: {missing} of {values.size} are NaN; "
             "try dtype float32, a smaller learning_rate or an earlier checkpoint"
         )
@@ -228,7 +229,7 @@ def write_video(
     path = Path(path)
     _require_uint8(frames)
     if not len(frames):
-        raise ValueError(f"{path}: no frames to write")
+        raise UserError(f"{path}: no frames to write")
     if path.suffix.lower() == ".mp4":
         _, height, width, _ = frames.shape
         frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -242,7 +243,7 @@ def write_video(
     elif path.suffix.lower() == ".gif":
         options = {"codec": "gif"}
     else:
-        raise ValueError(f"{path}: a video is written as .mp4 or .gif, not {path.suffix!r}")
+        raise UserError(f"{path}: a video is written as .mp4 or .gif, not {path.suffix!r}")
     with written_whole(path) as partial:
         try:
             mediapy.write_video(partial.absolute(), frames, fps=fps, **options)
@@ -268,7 +269,7 @@ def side_by_side(*videos: UInt8[np.ndarray, "_ _ _ 3"]) -> UInt8[np.ndarray, "f 
     """One video that shows the given ones next to each other: a source and its edits."""
     if len({video.shape[:2] for video in videos}) != 1:
         given = ", ".join("{} frames of height {}".format(*video.shape[:2]) for video in videos)
-        raise ValueError(
+        raise UserError(
             f"side_by_side: videos must agree in frames and height, not {given or 'none'}"
         )
     return np.concatenate(videos, axis=2)
@@ -289,7 +290,7 @@ def contact_sheet(
     """
     sizes = {label: "{2}x{1}".format(*video.shape) for label, video in rows.items()}
     if columns < 1 or len(set(sizes.values())) != 1:
-        raise ValueError(
+        raise UserError(
             f"contact_sheet: needs rows of one frame size and columns >= 1, not {sizes}, {columns}"
         )
     rows = {label: enlarged(video, 64) for label, video in rows.items()}

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from tav_jax.console import command, say
 from tav_jax.diffusion.samplers import Sampler
+from tav_jax.errors import UserError
 from tav_jax.files import written_whole
 from tav_jax.models.attention.dispatch import AttentionScope
 from tav_jax.pipeline import (
@@ -95,7 +96,7 @@ class Experiment:
     def __post_init__(self) -> None:
         unknown = [clip for clip in self.clips if clip not in CLIPS]
         if unknown or not self.clips or not self.seeds or not self.variants:
-            raise ValueError(
+            raise UserError(
                 f"clips, seeds and variants must be given, and clips be among {', '.join(CLIPS)}"
                 + (f"; there is no {', '.join(unknown)}" if unknown else "")
             )
@@ -154,9 +155,9 @@ def claim_results(folder: Path, config: Experiment) -> list[Record]:
     settings, results = folder / "experiment.json", folder / "results.jsonl"
     text = json.dumps(asdict(config), indent=2) + "\n"
     if settings.is_file() and settings.read_text() != text:
-        raise ValueError(f"--output-dir: {folder} holds another experiment; name another folder")
+        raise UserError(f"--output-dir: {folder} holds another experiment; name another folder")
     if not settings.is_file() and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--output-dir: {folder} exists and is no experiment; name another")
+        raise UserError(f"--output-dir: {folder} exists and is no experiment; name another")
     with written_whole(settings) as path:
         path.write_text(text)
     if not results.is_file():

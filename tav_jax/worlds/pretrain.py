@@ -25,6 +25,7 @@ from jaxtyping import Float, Float32, UInt8
 from tqdm import tqdm
 
 from tav_jax.console import command, say
+from tav_jax.errors import NotLearningError, UserError
 from tav_jax.files import written_whole
 from tav_jax.models.clip import CLIPTextModel
 from tav_jax.models.network import Network, init_network
@@ -35,7 +36,7 @@ from tav_jax.pretrained.model import Model, save_model
 from tav_jax.runs.config import override, parse
 from tav_jax.runs.run import keep_metrics
 from tav_jax.training.checkpoints import latest_step, restore_item, save_items
-from tav_jax.training.train_step import Draw, NotLearningError, denoising_loss
+from tav_jax.training.train_step import Draw, denoising_loss
 from tav_jax.types import Moments, Params, PixelValues, PRNGKey, Scalar
 from tav_jax.video.files import contact_sheet, to_frames, to_pixel_values, write_image
 from tav_jax.worlds.text_to_image import draw_scenes, in_words, share_right
@@ -406,7 +407,7 @@ def pretrain(recipe: Recipe, output_dir: Path) -> None:
     record = output_dir / "recipe.json"
     text = json.dumps(dataclasses.asdict(recipe), indent=2) + "\n"
     if record.is_file() and record.read_text() != text:
-        raise ValueError(f"--output-dir: {output_dir} holds a training of another recipe")
+        raise UserError(f"--output-dir: {output_dir} holds a training of another recipe")
     with written_whole(record) as path:
         path.write_text(text)
     data = make_data(recipe)

@@ -25,6 +25,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
+from tav_jax.errors import UserError
 from tav_jax.models.attention.by_head import attention_by_head
 from tav_jax.models.attention.chunked import chunked_attention
 from tav_jax.models.attention.key_groups import Groups, Heads, joined, merged_attention
@@ -81,7 +82,7 @@ def group_attention(
     """
     here, width = platform(), query.shape[-1]
     if implementation == "fused" and here not in KERNELS:
-        raise ValueError(f"attention: fused: there is no such kernel on a {here}; use auto")
+        raise UserError(f"attention: fused: there is no such kernel on a {here}; use auto")
     if implementation == "auto" or (
         implementation == "fused" and not kernel_takes(here, query.dtype, width)
     ):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Integer, UInt8, UInt32
 
+from tav_jax.errors import UserError
 from tav_jax.worlds.tiny_scenes.world import (
     ARM,
     BACKGROUNDS,
@@ -110,7 +111,7 @@ def render_batch(
 def cells_of(size: int) -> int:
     cells = round(SIZE / CELL)
     if size % cells:
-        raise ValueError(f"size is {size}; for pixel art it must be a multiple of {cells}")
+        raise UserError(f"size is {size}; for pixel art it must be a multiple of {cells}")
     return cells
 
 
@@ -201,7 +202,7 @@ def signed_distance(subject: str, dx: np.ndarray, dy: np.ndarray, radius: Column
         case "ring":
             middle, half = (1 + HOLE) / 2, (1 - HOLE) / 2
             return np.abs(np.sqrt(dx * dx + dy * dy) - middle * radius) - half * radius
-    raise ValueError(f"subject is {subject!r}; it must be one of {', '.join(SUBJECTS)}")
+    raise UserError(f"subject is {subject!r}; it must be one of {', '.join(SUBJECTS)}")
 
 
 def _texture(name: str, seeds: UInt32[np.ndarray, "n"], size: int) -> Field:

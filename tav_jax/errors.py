@@ -1,0 +1,42 @@
+"""Errors that a user can mend. Everything else that is raised is a bug and shows a traceback."""
+
+import errno
+
+# Conditions of the machine: a full or read-only disk, a quota, missing rights, a broken device.
+MACHINE_ERRNOS = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EIO,
+        errno.EMFILE,
+        errno.ENAMETOOLONG,
+        errno.ESTALE,
+    }
+)
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave, with a message that says what to do.
+
+    Commands print the message alone, without a traceback, and exit with status 1.
+    """
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder that the user named does not exist, or lacks something it needs."""
+
+
+class ExistingFileError(UserError, FileExistsError):
+    """A file that the user did not ask to overwrite is in the way."""
+
+
+class NotLearningError(UserError, RuntimeError):
+    """A run whose parameters do not move as they should, or whose loss is not a number."""
+
+
+def is_machine_error(error: BaseException) -> bool:
+    """Tell whether the operating system refused something for a reason outside the program."""
+    return isinstance(error, OSError) and error.errno in MACHINE_ERRNOS
