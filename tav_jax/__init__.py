@@ -28,18 +28,18 @@ from tav_jax.diffusion.schedule import (  # noqa: E402
     make_schedule,
     velocity,
 )
-from tav_jax.models.attention.dispatch import sparse_causal_attention  # noqa: E402
+from tav_jax.models.attention.frame_attention import sparse_causal_attention  # noqa: E402
 from tav_jax.models.network import Network, init_network, parameter_shapes  # noqa: E402
 from tav_jax.models.vae import sample_posterior  # noqa: E402
 from tav_jax.parallel.sharding import make_mesh, on_mesh  # noqa: E402
 from tav_jax.pipeline import (  # noqa: E402
-    clean_latents,
     compile_train_step,
     decode_latents,
     edit_clip,
     encode_frames,
     encode_prompts,
     invert_latents,
+    posterior_mean_latents,
     random_latents,
     sample_latents,
     tune_clip,
@@ -62,7 +62,7 @@ from tav_jax.training.optimizer import (  # noqa: E402
     make_optimizer,
 )
 from tav_jax.training.train_step import (  # noqa: E402
-    Draw,
+    NoisedBatch,
     TrainState,
     apply_gradients,
     denoising_loss,
@@ -71,26 +71,19 @@ from tav_jax.training.train_step import (  # noqa: E402
     loss_and_gradients,
     train_step,
 )
-from tav_jax.video.files import (  # noqa: E402
-    contact_sheet,
-    read_frames,
-    side_by_side,
-    to_frames,
-    to_pixel_values,
-    write_image,
-    write_video,
-)
+from tav_jax.video.read import read_frames, to_pixel_values  # noqa: E402
+from tav_jax.video.sheets import contact_sheet, side_by_side  # noqa: E402
+from tav_jax.video.write import to_frames, write_image, write_video  # noqa: E402
 
 __all__ = [
     "TRAINABLE_MODULES",
-    "Draw",
     "Model",
     "Network",
     "NoiseSchedule",
+    "NoisedBatch",
     "TrainState",
     "add_noise",
     "apply_gradients",
-    "clean_latents",
     "compile_train_step",
     "contact_sheet",
     "ddim_inverse_step",
@@ -121,6 +114,7 @@ __all__ = [
     "make_schedule",
     "on_mesh",
     "parameter_shapes",
+    "posterior_mean_latents",
     "random_latents",
     "read_frames",
     "sample_latents",

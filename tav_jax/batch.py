@@ -24,18 +24,25 @@ from typing import Any
 from tav_jax.console import command, say
 from tav_jax.errors import UserError
 from tav_jax.files import (
-    claimed,
-    place_without_access,
+    atomic_write,
+    claim,
+    first_unwritable_parent,
     remove_lock,
     remove_partials,
-    written_whole,
 )
 from tav_jax.parallel.sharding import on_mesh
 from tav_jax.runs.batch_plan import plan_jobs, read_plan
 from tav_jax.runs.metrics_log import Stages
 from tav_jax.runs.run import inverted_clip, load_tuned, mesh_of
-from tav_jax.runs.samples import Job, Sample, groups_of_alike, has_overview, sheet_of, write_batch
-from tav_jax.sample import renew_overview, say_if_seeds_do_nothing
+from tav_jax.runs.samples import (
+    Job,
+    Sample,
+    group_by_batch_key,
+    has_overview,
+    sheet_of,
+    write_batch,
+)
+from tav_jax.sample import renew_overview, warn_unused_seeds
 
 # Seconds that an interrupted worker has. It hears nothing while a program runs, and JAX's garbage
 # collection swallows an interrupt; what a kill leaves, the next worker removes.
@@ -50,7 +57,7 @@ def work(jobs: Sequence[Job], batch_size: int) -> Iterator[Path]:
     # the claim of its contact sheet.
     for job in jobs:
         if _missing(job):
-            with claimed(sheet_of(job.folder), wait=False) as is_first:
+            with claim(sheet_of(job.folder), wait=False) as is_first:
                 if is_first:
                     yield from sample_free(job, batch_size)
     for job in jobs:
@@ -64,7 +71,7 @@ def work(jobs: Sequence[Job], batch_size: int) -> Iterator[Path]:
             remove_lock(job.video(sample))
         remove_lock(job.run.inverted(job.step))
         if not has_overview(job.folder):
-            with claimed(sheet_of(job.folder)):
+            with claim(sheet_of(job.folder)):
                 renew_overview(job)
 
 
@@ -78,8 +85,8 @@ def sample_free(job: Job, batch_size: int, *, wait: bool = False) -> Iterator[Pa
     """
     run, config, step = job.run, job.config, job.step
     load = cache(lambda: load_tuned(run, config, step))
-    inverted = cache(lambda steps: inverted_clip(run, config, load(), step, steps, alone=claimed))
-    for group in groups_of_alike(job.wanted):
+    inverted = cache(lambda steps: inverted_clip(run, config, load(), step, steps, alone=claim))
+    for group in group_by_batch_key(job.wanted):
         size = min(batch_size, len(group))
         while group:
             with ExitStack() as claims:
@@ -111,7 +118,7 @@ def claim_batch(
             group.remove(sample)
             continue
         with ExitStack() as attempt:
-            is_ours = attempt.enter_context(claimed(job.video(sample), wait=wait and not batch))
+            is_ours = attempt.enter_context(claim(job.video(sample), wait=wait and not batch))
             if is_ours and not job.is_done(sample):
                 remove_partials(job.record(sample))
                 batch.append(sample)
@@ -151,7 +158,7 @@ def write_manifest(path: Path, jobs: Sequence[Job]) -> list[Path]:
     SHA-256, null if it is missing.
     """
     missing, lines = [], []
-    with claimed(path):
+    with claim(path):
         old, written = read_manifest(path), path.stat().st_mtime_ns if path.exists() else 0
         for job in jobs:
             for sample in job.samples:
@@ -174,7 +181,7 @@ def write_manifest(path: Path, jobs: Sequence[Job]) -> list[Path]:
                 lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         content = "".join(lines).encode()
         if not path.exists() or path.read_bytes() != content:
-            with written_whole(path) as partial:
+            with atomic_write(path) as partial:
                 partial.write_bytes(content)
             say(f"wrote {path}")
     return missing
@@ -282,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("\n".join(f"{one}: expected 1 or more" for one in wrong))
     jobs = plan_jobs(read_plan(args.plan))
     manifest = args.manifest or args.plan.with_suffix(".manifest.jsonl")
-    if place := place_without_access(manifest.absolute().parent):
+    if place := first_unwritable_parent(manifest.absolute().parent):
         raise UserError(f"--manifest: nothing can be written in {place}; name another file")
     read_manifest(manifest)
 
@@ -297,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for job in jobs:
             there = len(job.samples) - len(job.wanted)
             say(f"{job.run.folder}: {len(job.samples)} videos, {there} of them there already")
-            say_if_seeds_do_nothing(job.wanted)
+            warn_unused_seeds(job.wanted)
         for path in work(jobs, args.batch_size):
             say(f"wrote {path}")
             written += 1

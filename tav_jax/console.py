@@ -19,7 +19,7 @@ Main = Callable[[Sequence[str] | None], None]
 
 def say(text: str) -> None:
     """Prints a line without tearing a progress bar; of several processes the main one does."""
-    if distributed.is_main():
+    if distributed.is_main_process():
         tqdm.write(text)
 
 
@@ -85,6 +85,6 @@ def command(main: Main) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run_together(argv: Sequence[str] | None = None) -> int:
-        return distributed.ending_together(lambda: run(argv))
+        return distributed.exit_together(lambda: run(argv))
 
     return run_together

@@ -22,7 +22,7 @@ POLL = 0.2  # seconds between two looks at a claim that is waited for
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives a path to write to, and puts it in the place of `path` once that has succeeded.
 
     Nobody reads half a file, and each writer has a path of its own: of several at once the last
@@ -50,7 +50,7 @@ def _partial_stem(path: Path) -> str:
 
 
 @contextmanager
-def claimed(path: Path, *, wait: bool = True) -> Iterator[bool]:
+def claim(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Keeps other processes from claiming `path`; tells whether that was granted.
 
     Whoever is granted it must look whether the file is there by now: the one before may have
@@ -91,7 +91,7 @@ def _lock_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def place_without_access(path: Path) -> Path | None:
+def first_unwritable_parent(path: Path) -> Path | None:
     """Returns what keeps a file or folder from being created at `path`: None, if it can be."""
     nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
     return None if nearest.is_dir() and os.access(nearest, os.W_OK) else nearest

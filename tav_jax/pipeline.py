@@ -29,12 +29,13 @@ from tav_jax.diffusion.samplers import (
 from tav_jax.diffusion.schedule import NoiseSchedule
 from tav_jax.errors import UserError
 from tav_jax.models.network import Network
-from tav_jax.parallel.sharding import denoiser, fetched, laid, over_frames, videos
+from tav_jax.parallel.sharding import denoiser, gather_to_host, laid, over_frames, videos
 from tav_jax.pretrained.model import Model, tokenize
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
 from tav_jax.training.train_step import TrainState, init_state, train_step
 from tav_jax.types import Context, Latents, Moments, PixelValues, PRNGKey, Scalar
-from tav_jax.video.files import to_frames, to_pixel_values
+from tav_jax.video.read import to_pixel_values
+from tav_jax.video.write import to_frames
 
 TrainStep = Callable[
     [TrainState, Moments, Context, NoiseSchedule], tuple[TrainState, dict[str, Scalar]]
@@ -136,7 +137,7 @@ def decode_latents(model: Model, latents: Latents) -> PixelValues:
     return decode_video(model.vae, latents)
 
 
-def clean_latents(model: Model, moments: Moments) -> Latents:
+def posterior_mean_latents(model: Model, moments: Moments) -> Latents:
     """Returns the scaled mean of a clip's posterior: what is inverted.
 
     The published code inverts the last training step's sample of it, which is that plus noise.
@@ -285,7 +286,7 @@ def edit_clip(
     """
     noise = invert_latents(
         model,
-        clean_latents(model, encode_frames(model, frames)),
+        posterior_mean_latents(model, encode_frames(model, frames)),
         num_inv_steps=num_inference_steps,
         progress=progress,
     )
@@ -298,4 +299,4 @@ def edit_clip(
         num_inference_steps=num_inference_steps,
         progress=progress,
     )
-    return to_frames(fetched(decode_latents(model, latents)))
+    return to_frames(gather_to_host(decode_latents(model, latents)))

@@ -11,7 +11,7 @@ from tav_jax.console import command, say
 from tav_jax.diffusion.samplers import Sampler
 from tav_jax.errors import UserError
 from tav_jax.parallel import processes as distributed
-from tav_jax.parallel.processes import agreed, is_main
+from tav_jax.parallel.processes import broadcast_from_main, is_main_process
 from tav_jax.parallel.sharding import on_mesh
 from tav_jax.runs.config import parse_mesh
 from tav_jax.runs.metrics_log import Stages
@@ -32,14 +32,14 @@ def sample_run(job: Job, *, batch_size: int = 1) -> list[Path]:
     The model is loaded only if something is missing.
     """
     run, config, step, folder = job.run, job.config, job.step, job.folder
-    is_wanted = agreed([sample in job.wanted for sample in job.samples])
+    is_wanted = broadcast_from_main([sample in job.wanted for sample in job.samples])
     wanted = [sample for sample, flag in zip(job.samples, is_wanted, strict=True) if flag]
     if len(wanted) < len(job.samples):
         skipped = len(job.samples) - len(wanted)
         say(f"{skipped} of {len(job.samples)} videos are there already: skipped")
     written = []
     if wanted:
-        say_if_seeds_do_nothing(wanted)
+        warn_unused_seeds(wanted)
         with on_mesh(mesh_of(config)):
             model = load_tuned(run, config, step)
             for path in write_samples(
@@ -53,7 +53,7 @@ def sample_run(job: Job, *, batch_size: int = 1) -> list[Path]:
             ):
                 say(f"wrote {path}")
                 written.append(path)
-    if is_main():
+    if is_main_process():
         renew_overview(job)
     return written
 
@@ -71,7 +71,7 @@ def renew_overview(job: Job) -> None:
         say(f"wrote {path}")
 
 
-def say_if_seeds_do_nothing(samples: Sequence[Sample]) -> None:
+def warn_unused_seeds(samples: Sequence[Sample]) -> None:
     seeds = {sample.seed for sample in samples}
     if len(seeds) > 1 and any(one.eta == 0 and one.num_inv_steps is not None for one in samples):
         say(

@@ -23,8 +23,8 @@ from tav_jax.console import command, say
 from tav_jax.errors import NotLearningError, UserError
 from tav_jax.models.unet import GradientCheckpointing
 from tav_jax.parallel import processes as distributed
-from tav_jax.parallel.processes import agreed, is_main
-from tav_jax.parallel.sharding import fetched, laid, on_mesh
+from tav_jax.parallel.processes import broadcast_from_main, is_main_process
+from tav_jax.parallel.sharding import gather_to_host, laid, on_mesh
 from tav_jax.pipeline import (
     compile_train_step,
     encode_frames,
@@ -142,7 +142,9 @@ def _tune(config: TuneConfig, programs: Programs) -> None:
                 )
             )
         # Nothing of these is needed in the steps: they wait in the host's memory.
-        model = replace(model, vae=fetched(model.vae), text_encoder=fetched(model.text_encoder))
+        model = replace(
+            model, vae=gather_to_host(model.vae), text_encoder=gather_to_host(model.text_encoder)
+        )
         step_fn = compile_train_step(
             model.vae.config.scaling_factor,
             optimizer=optimizer,
@@ -164,9 +166,9 @@ def _tune(config: TuneConfig, programs: Programs) -> None:
         say(f"{run.folder}: done, {start} of {end} steps")
         return
 
-    if is_main():
+    if is_main_process():
         keep_metrics(run.metrics, start)
-    written = run.metrics if is_main() else Path(os.devnull)
+    written = run.metrics if is_main_process() else Path(os.devnull)
     with written.open("a", buffering=1) as metrics_file:
         before = fingerprint(state.unet.params)
         check_at = min(start + STEPS_BEFORE_CHECK, end)
@@ -331,7 +333,7 @@ def validate(
     default = default_sample(config, step)
     folder, suffix = run.samples(step), config.validation_data.video_format
     samples = [replace(default, prompt=prompt) for prompt in config.validation_data.prompts]
-    done = agreed([is_done(sample, folder, suffix) for sample in samples])
+    done = broadcast_from_main([is_done(sample, folder, suffix) for sample in samples])
     samples = [sample for sample, is_there in zip(samples, done, strict=True) if not is_there]
     if not samples and (has_overview(folder) or not config.validation_data.prompts):
         return
@@ -345,7 +347,7 @@ def validate(
     )
     for path in paths:
         say(f"wrote {path}")
-    if is_main():
+    if is_main_process():
         with stages("write"):
             overview = write_overview(folder, config, source)
         for path in overview:

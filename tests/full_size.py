@@ -28,7 +28,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import tav_jax as tav
-from tav_jax.pretrained.model import CONFIG_NAMES, WEIGHT_STEMS
+from tav_jax.pretrained.hub import WEIGHT_STEMS
+from tav_jax.pretrained.model import CONFIG_NAMES
 from tav_jax.pretrained.sd_v1_4 import CONFIGS
 
 HERE = Path(__file__).parent

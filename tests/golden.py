@@ -31,7 +31,7 @@ from tav_jax.pretrained import model as stable_diffusion
 from tav_jax.pretrained import weights
 from tav_jax.runs.config import parse_mesh
 from tav_jax.training.optimizer import label_params, make_optimizer
-from tav_jax.training.train_step import Draw, apply_gradients, init_state, loss_and_gradients
+from tav_jax.training.train_step import NoisedBatch, apply_gradients, init_state, loss_and_gradients
 
 EXACT = 0.0
 SINGLE = 1e-5  # relative: one pass through one network, in float32
@@ -243,7 +243,7 @@ def tune(golden: GoldenSet) -> Iterator[Row]:
     losses, norms = [], []
     for index in range(settings["steps"]):
         noise, timesteps = channels_last(case["noise"][index]), case["timesteps"][index]
-        draw = Draw(*(jnp.asarray(x) for x in (latents, noise, timesteps)))
+        draw = NoisedBatch(*(jnp.asarray(x) for x in (latents, noise, timesteps)))
         state, loss, gradients = step(state, draw)
         losses.append(loss)
         norms.append(optax.tree.norm(gradients))

@@ -23,6 +23,7 @@ from tav_jax.bench.programs import (
     NETWORKS,
     Networks,
     Program,
+    chosen_attention,
     load_networks,
     make_programs,
     random_networks,
@@ -30,7 +31,6 @@ from tav_jax.bench.programs import (
 from tav_jax.console import command, say
 from tav_jax.errors import UserError
 from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
-from tav_jax.models.unet import chosen_attention
 from tav_jax.parallel.sharding import make_mesh, on_mesh
 from tav_jax.runs.config import parse_mesh
 from tav_jax.training.memory import (

@@ -10,8 +10,12 @@ import numpy as np
 
 from tav_jax.bench.flops import count_flops
 from tav_jax.diffusion.schedule import NoiseSchedule
-from tav_jax.models.network import Network, init_network, parameter_shapes
-from tav_jax.models.unet import UNet3DConditionModel
+from tav_jax.models.attention.dispatch import (
+    choose_implementation,
+    platform,
+)
+from tav_jax.models.network import Network, in_modules, init_network, parameter_shapes
+from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
 from tav_jax.models.vae import AutoencoderKL
 from tav_jax.parallel.sharding import laid, storage, videos
 from tav_jax.pipeline import (
@@ -24,9 +28,8 @@ from tav_jax.pipeline import (
 from tav_jax.pretrained import configs as published_config
 from tav_jax.pretrained.model import load_model
 from tav_jax.pretrained.sd_v1_4 import CONFIGS
-from tav_jax.pretrained.weights import in_modules
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
-from tav_jax.training.train_step import Draw, TrainState, init_state, loss_and_gradients
+from tav_jax.training.train_step import NoisedBatch, TrainState, init_state, loss_and_gradients
 
 GUIDANCE_SCALE, LEARNING_RATE = 12.5, 3e-5  # the paper's
 STEPS, TEXT_TOKENS = 50, 77
@@ -169,7 +172,7 @@ def make_programs(
 
     def tune_flops() -> int:
         def gradients(unet: Network, latents: Any, timesteps: Any, context: Any) -> Any:
-            draw = Draw(latents, latents, timesteps)
+            draw = NoisedBatch(latents, latents, timesteps)
             return loss_and_gradients(unet, labels, schedule, draw, context)
 
         return count_flops(gradients, plain, latents, timesteps, context)
@@ -213,3 +216,32 @@ def make_programs(
             {},
         ),
     }
+
+
+def chosen_attention(config: UNetConfig, frames: int, height: int, width: int) -> dict[str, str]:
+    """Returns how attention between frames is computed at each level that has it, by its grid.
+
+    Args:
+        height, width: Of the latents.
+    """
+    chosen: dict[str, str] = {}
+    levels = len(config.block_out_channels)
+    for level, channels in enumerate(config.block_out_channels):
+        last = level == levels - 1
+        if not (config.down_attention[level] or config.up_attention[-1 - level] or last):
+            continue
+        # Strided convolutions round up.
+        rows, columns = -(-height // 2**level), -(-width // 2**level)
+        tokens, heads = rows * columns, config.num_attention_heads[level]
+        lengths = {"sparse_causal": [tokens, tokens], "full": [frames * tokens]}
+        chosen[f"{columns}x{rows}"] = (
+            config.attention
+            if config.attention != "auto"
+            else choose_implementation(
+                platform(),
+                config.dtype,
+                (1, frames, tokens, heads, channels // heads),
+                lengths.get(config.attention_scope, [tokens]),
+            )
+        )
+    return chosen

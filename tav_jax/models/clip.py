@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from tav_jax.models.attention.dispatch import attention
+from tav_jax.models.attention.einsum import attention
 from tav_jax.models.layers import Embed, LayerNorm, Linear
 from tav_jax.types import Context, TokenIds
 

@@ -30,7 +30,7 @@ def first_frame(x: Float[Array, "b f *axes"]) -> Float[Array, "b 1 *axes"]:
     return jax.lax.psum(jnp.where(jax.lax.axis_index(axes) == 0, x[:, :1], 0), axes)
 
 
-def former_frame(x: Float[Array, "b f *axes"]) -> Float[Array, "b f *axes"]:
+def previous_frame(x: Float[Array, "b f *axes"]) -> Float[Array, "b f *axes"]:
     """Returns for each frame the one before it, and frame 0 for itself."""
     before, axes = x[:, :1], _axes()
     if axes:

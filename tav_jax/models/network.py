@@ -1,5 +1,6 @@
 """A network as a value: a static definition and a flat dictionary of arrays."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
@@ -74,3 +75,8 @@ def _flat(state: Any) -> dict[str, Any]:
 
 def _path(name: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+
+
+def in_modules(name: str, modules: Iterable[str]) -> bool:
+    """Tells whether a parameter lies in a module whose path ends in one of the given names."""
+    return any(f".{module}." in f".{name}" for module in modules)

@@ -13,12 +13,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from tav_jax.models.attention.dispatch import (
-    FRAME_ATTENTION,
-    AttentionImplementation,
-    AttentionScope,
-    spatial_attention,
-)
+from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
+from tav_jax.models.attention.frame_attention import FRAME_ATTENTION, spatial_attention
 from tav_jax.models.frame_collectives import to_frames, to_positions
 from tav_jax.models.layers import LayerNorm, Linear
 from tav_jax.types import KeysValues

@@ -19,8 +19,6 @@ from jaxtyping import Float
 from tav_jax.models.attention.dispatch import (
     AttentionImplementation,
     AttentionScope,
-    choose_implementation,
-    platform,
 )
 from tav_jax.models.layers import Conv, Downsample, GroupNorm, Linear, ResnetBlock, Upsample
 from tav_jax.models.transformer import BasicTransformerBlock
@@ -224,35 +222,6 @@ class Block(nnx.Module):
             if self.attentions:
                 x = self.run(self.attentions[index], x, text[index])
         return x
-
-
-def chosen_attention(config: UNetConfig, frames: int, height: int, width: int) -> dict[str, str]:
-    """Returns how attention between frames is computed at each level that has it, by its grid.
-
-    Args:
-        height, width: Of the latents.
-    """
-    chosen: dict[str, str] = {}
-    levels = len(config.block_out_channels)
-    for level, channels in enumerate(config.block_out_channels):
-        last = level == levels - 1
-        if not (config.down_attention[level] or config.up_attention[-1 - level] or last):
-            continue
-        # Strided convolutions round up.
-        rows, columns = -(-height // 2**level), -(-width // 2**level)
-        tokens, heads = rows * columns, config.num_attention_heads[level]
-        lengths = {"sparse_causal": [tokens, tokens], "full": [frames * tokens]}
-        chosen[f"{columns}x{rows}"] = (
-            config.attention
-            if config.attention != "auto"
-            else choose_implementation(
-                platform(),
-                config.dtype,
-                (1, frames, tokens, heads, channels // heads),
-                lengths.get(config.attention_scope, [tokens]),
-            )
-        )
-    return chosen
 
 
 def time_embed_dim(config: UNetConfig) -> int:

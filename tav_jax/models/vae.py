@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from tav_jax.models.attention.dispatch import spatial_attention
+from tav_jax.models.attention.frame_attention import spatial_attention
 from tav_jax.models.layers import Conv, Downsample, GroupNorm, Linear, ResnetBlock, Upsample
 from tav_jax.types import Latents, Moments, PixelValues
 

@@ -202,7 +202,7 @@ def _tpu_job() -> Job | None:
     return None
 
 
-def is_main() -> bool:
+def is_main_process() -> bool:
     """Returns whether this is process 0, the one that writes. All read."""
     # Not by jax.process_index, which would have the processes tell each other their devices first.
     return global_state.process_id == 0
@@ -228,7 +228,7 @@ def wait_for_all(name: str, seconds: float) -> None:
         ) from None
 
 
-def agreed(flags: Sequence[bool]) -> list[bool]:
+def broadcast_from_main(flags: Sequence[bool]) -> list[bool]:
     """Returns in all processes what process 0 has found; all must call this.
 
     Whether a file is there is not the same for two processes at two moments, and they must not go
@@ -240,7 +240,7 @@ def agreed(flags: Sequence[bool]) -> list[bool]:
     return [bool(flag) for flag in found]
 
 
-def ending_together(run: Callable[[], int]) -> int:
+def exit_together(run: Callable[[], int]) -> int:
     """Returns the exit status that `run` returns; of several processes, ends the one that fails.
 
     At an orderly exit a process waits for the others, which may wait for it in a collective.

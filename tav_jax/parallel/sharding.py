@@ -38,7 +38,7 @@ STORAGE_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"", ()),
 )
 # Numbers of a leaf from which parting it saves more than gathering it costs.
-WORTH_PARTING = 2**14
+MIN_SHARDED_SIZE = 2**14
 
 Tree = TypeVar("Tree")
 
@@ -139,11 +139,11 @@ def video_spec(mesh: Any, shape: tuple[int, ...]) -> PartitionSpec:
     )
 
 
-def storage_spec(name: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+def param_spec(name: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     """Returns how a leaf is stored, by its name; whole if it is small or does not divide."""
     axes = next(axes for pattern, axes in STORAGE_RULES if re.search(pattern, name))
     parts = math.prod(mesh.shape[axis] for axis in axes)
-    if not axes or math.prod(shape) < WORTH_PARTING or shape[-1] % parts:
+    if not axes or math.prod(shape) < MIN_SHARDED_SIZE or shape[-1] % parts:
         return PartitionSpec()
     return PartitionSpec(*[None] * (len(shape) - 1), axes)
 
@@ -154,7 +154,7 @@ def storage(tree: Tree, mesh: Any) -> Tree:
     def of(path: tuple, leaf: Any) -> NamedSharding:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         name = names[-1] if names else ""
-        return NamedSharding(mesh, storage_spec(name, leaf.shape, mesh))
+        return NamedSharding(mesh, param_spec(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(of, tree)
 
@@ -189,7 +189,7 @@ def _place(value: Any, sharding: NamedSharding) -> Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def fetched(tree: Any) -> Any:
+def gather_to_host(tree: Any) -> Any:
     """Returns a tree of arrays in every process's memory, wherever their parts lie."""
     if jax.process_count() > 1 and not jax.sharding.get_abstract_mesh().empty:
         tree = _whole(tree)

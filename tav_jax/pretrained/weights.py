@@ -24,8 +24,9 @@ from jax import Array
 from safetensors.numpy import save_file
 
 from tav_jax.errors import MissingFileError, UserError
-from tav_jax.files import written_whole
+from tav_jax.files import atomic_write
 from tav_jax.models.layers import fan_in_uniform
+from tav_jax.models.network import in_modules
 from tav_jax.types import Params, PRNGKey
 
 # Names that the autoencoder's attention had before diffusers 0.17, v1-4's files among them.
@@ -118,11 +119,6 @@ def merge(
     if problems:
         raise UserError(f"{where}: not the network of its config:\n" + "\n".join(sorted(problems)))
     return params
-
-
-def in_modules(name: str, modules: Iterable[str]) -> bool:
-    """Tells whether a parameter lies in a module whose path ends in one of the given names."""
-    return any(f".{module}." in f".{name}" for module in modules)
 
 
 def _published_shape(name: str, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[int]:
@@ -249,7 +245,7 @@ def _read_pickled(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 def save_tensors(path: Path, params: Mapping[str, Array]) -> None:
     """Writes parameters as a `.safetensors` file of the published layout, whole or not at all."""
     tensors = dict(to_tensor(name, np.asarray(value)) for name, value in params.items())
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         # The published code's loader asks for this mark.
         save_file(tensors, partial, metadata={"format": "pt"})
         partial.chmod(0o644)  # safetensors lets nobody but the owner read it

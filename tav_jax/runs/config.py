@@ -50,7 +50,7 @@ Checkpointing = Annotated[
 ]
 
 # Keys that change how a run is computed and not what: it may go on with others.
-HOW_KEYS = (
+EXECUTION_KEYS = (
     *("attention", "gradient_checkpointing", "memory_limit_gb"),
     *("mesh.data", "mesh.frames", "mesh.fsdp"),
 )
@@ -349,12 +349,12 @@ def dump_config(config: TuneConfig) -> str:
 
 
 def differences(ours: TuneConfig, theirs: TuneConfig) -> list[str]:
-    """Returns the keys in which two runs differ, with both values, but for `HOW_KEYS`."""
+    """Returns the keys in which two runs differ, with both values, but for `EXECUTION_KEYS`."""
     mine, other = _flatten(asdict(ours)), _flatten(asdict(theirs))
     return [
         f"{key}: {other[key]!r} there, {value!r} here"
         for key, value in mine.items()
-        if value != other[key] and key not in HOW_KEYS
+        if value != other[key] and key not in EXECUTION_KEYS
     ]
 
 

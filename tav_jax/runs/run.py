@@ -15,16 +15,16 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from tav_jax.errors import MissingFileError, UserError
-from tav_jax.files import place_without_access, written_whole
-from tav_jax.parallel.processes import agreed, is_main
-from tav_jax.parallel.sharding import fetched, laid, make_mesh
-from tav_jax.pipeline import clean_latents, encode_frames, invert_latents
+from tav_jax.files import atomic_write, first_unwritable_parent
+from tav_jax.parallel.processes import broadcast_from_main, is_main_process
+from tav_jax.parallel.sharding import gather_to_host, laid, make_mesh
+from tav_jax.pipeline import encode_frames, invert_latents, posterior_mean_latents
 from tav_jax.pretrained.model import Model, load_model
 from tav_jax.runs.config import TuneConfig, differences, dump_config, load_config
 from tav_jax.training.checkpoints import latest_step, restore_trained
 from tav_jax.training.optimizer import label_params, select
 from tav_jax.types import Latents
-from tav_jax.video.files import read_frames
+from tav_jax.video.read import read_frames
 
 
 class RunFolder:
@@ -51,7 +51,7 @@ def keep_metrics(metrics: Path, steps: int) -> None:
     if metrics.is_file():
         lines = metrics.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
-        with written_whole(metrics) as path:
+        with atomic_write(metrics) as path:
             path.write_text("".join(kept))
 
 
@@ -75,16 +75,16 @@ def claim_folder(config: TuneConfig) -> RunFolder:
         raise UserError(
             f"output_dir: {run.folder} exists and is no run of tav_jax.tune; name another"
         )
-    if place := place_without_access(run.folder):
+    if place := first_unwritable_parent(run.folder):
         raise UserError(f"output_dir: nothing can be written in {place}; name another")
     return run
 
 
 def record_config(run: RunFolder, config: TuneConfig) -> None:
     """Creates the run's folder, with its settings complete."""
-    if not is_main():
+    if not is_main_process():
         return
-    with written_whole(run.config) as path:
+    with atomic_write(run.config) as path:
         path.write_text(dump_config(config))
 
 
@@ -175,18 +175,20 @@ def inverted_clip(
     """
 
     def invert() -> Latents:
-        latents = clean_latents(model, encode_frames(model, read_clip(config)))
+        latents = posterior_mean_latents(model, encode_frames(model, read_clip(config)))
         return invert_latents(model, latents, num_inv_steps=num_inv_steps, progress=True)
 
     if num_inv_steps != config.validation_data.num_inv_steps:
         return invert()
     kept = run.inverted(step)
-    if not agreed([kept.is_file()])[0]:
+    if not broadcast_from_main([kept.is_file()])[0]:
         with alone(kept):
-            if not agreed([kept.is_file()])[0]:  # another job may have made it meanwhile
-                noise = np.asarray(fetched(invert()), np.float32)
-                if is_main():
-                    with written_whole(kept) as path, path.open("wb") as file:
+            if not broadcast_from_main([kept.is_file()])[
+                0
+            ]:  # another job may have made it meanwhile
+                noise = np.asarray(gather_to_host(invert()), np.float32)
+                if is_main_process():
+                    with atomic_write(kept) as path, path.open("wb") as file:
                         np.save(file, noise)
                 return jnp.asarray(noise)
     return jnp.asarray(np.load(kept))

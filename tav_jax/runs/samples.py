@@ -1,6 +1,9 @@
 """Samples: what decides each video of a run, what is there already, and how they are written."""
 
+import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,25 +14,18 @@ from jaxtyping import UInt8
 
 from tav_jax.diffusion.samplers import Sampler, check_eta
 from tav_jax.errors import ExistingFileError
-from tav_jax.files import written_whole
-from tav_jax.parallel.processes import is_main
-from tav_jax.parallel.sharding import fetched
+from tav_jax.files import atomic_write
+from tav_jax.parallel.processes import is_main_process
+from tav_jax.parallel.sharding import gather_to_host
 from tav_jax.pipeline import decode_latents, random_latents, sample_latents
 from tav_jax.pretrained.model import Model
 from tav_jax.runs.config import TuneConfig
 from tav_jax.runs.metrics_log import Stages
 from tav_jax.runs.run import RunFolder, open_run
 from tav_jax.types import Latents
-from tav_jax.video.files import (
-    contact_sheet,
-    enlarged,
-    file_stem,
-    read_frames,
-    side_by_side,
-    to_frames,
-    write_image,
-    write_video,
-)
+from tav_jax.video.read import read_frames
+from tav_jax.video.sheets import contact_sheet, enlarge, side_by_side
+from tav_jax.video.write import to_frames, write_image, write_video
 
 Frames = UInt8[np.ndarray, "f H W 3"]
 SHEET, BESIDE = "contact-sheet", "side-by-side"
@@ -70,7 +66,7 @@ class Sample:
         return f"{stem}-prompt" if stem in (SHEET, BESIDE) else stem
 
     @property
-    def alike(self) -> "Sample":
+    def batch_key(self) -> "Sample":
         """What samples of one batch must have in common: everything but prompt and seed."""
         return replace(self, prompt="", seed=0)
 
@@ -147,17 +143,17 @@ def write_samples(
         stages: Is told the time of inversion, sampling, decoding and writing.
         batch_size: How many are sampled at once.
     """
-    for group in groups_of_alike(samples):
+    for group in group_by_batch_key(samples):
         size = min(batch_size, len(group))
         for start in range(0, len(group), size):
             batch = group[start : start + size]
             yield from write_batch(model, config, batch, inverted, folder, stages, size=size)
 
 
-def groups_of_alike(samples: Sequence[Sample]) -> list[list[Sample]]:
+def group_by_batch_key(samples: Sequence[Sample]) -> list[list[Sample]]:
     groups: dict[Sample, list[Sample]] = {}
     for sample in samples:
-        groups.setdefault(sample.alike, []).append(sample)
+        groups.setdefault(sample.batch_key, []).append(sample)
     return list(groups.values())
 
 
@@ -178,7 +174,7 @@ def write_batch(
             repetitions, since another size would be compiled anew.
     """
     frames, height, width = sample_size(config)
-    alike = batch[0].alike
+    alike = batch[0].batch_key
     filled = batch + batch[-1:] * (size - len(batch))
     if alike.num_inv_steps is None:
         noise = random_latents(model, [sample.seed for sample in filled], frames, height, width)
@@ -200,7 +196,7 @@ def write_batch(
         )
     for index, sample in enumerate(batch):
         with stages("decode"):
-            pixel_values = fetched(decode_latents(model, clean[index : index + 1]))
+            pixel_values = gather_to_host(decode_latents(model, clean[index : index + 1]))
         with stages("write"):
             path = _write_sample(sample, to_frames(pixel_values)[0], folder, config)
         yield path
@@ -209,12 +205,12 @@ def write_batch(
 def _write_sample(sample: Sample, video: Frames, folder: Path, config: TuneConfig) -> Path:
     validation = config.validation_data
     video_path = folder / f"{sample.stem}.{validation.video_format}"
-    if not is_main():
+    if not is_main_process():
         return video_path
     # A video that is to be overwritten goes first and the settings come before the new one, so
     # that no video ever stands beside the settings of another.
     video_path.unlink(missing_ok=True)
-    with written_whole(folder / f"{sample.stem}.json") as path:
+    with atomic_write(folder / f"{sample.stem}.json") as path:
         path.write_text(json.dumps(asdict(sample), indent=2, ensure_ascii=False) + "\n")
     write_video(video_path, shown(video), fps=validation.fps)
     return video_path
@@ -225,7 +221,7 @@ def shown(video: Frames) -> UInt8[np.ndarray, "f H2 W2 3"]:
 
     Players show 32 pixels as a speck, and an mp4 has colours for every second pixel only.
     """
-    return enlarged(video, LEAST_SIDE) if min(video.shape[1:3]) < TINY else video
+    return enlarge(video, LEAST_SIDE) if min(video.shape[1:3]) < TINY else video
 
 
 def sheet_of(folder: Path) -> Path:
@@ -334,3 +330,21 @@ def plan_samples(
     if problems:
         raise ExistingFileError("\n".join(problems))
     return job
+
+
+def file_stem(prompt: str) -> str:
+    """A file name, without suffix, that reads like the prompt on any system.
+
+    A prompt that can be a name as it is stays as it is, like the original's `<prompt>.gif`. Any
+    other gets a hash of the whole prompt at its end, so that `a/b` and `a:b` remain two files.
+    """
+    # What Windows refuses, which includes what macOS and Linux do; lone surrogates have no UTF-8.
+    stem = re.sub(r'[<>:"/\\|?*\x00-\x1f\x7f\ud800-\udfff]', "_", prompt)
+    stem = unicodedata.normalize("NFC", stem).strip(" .")  # macOS takes both forms of é for one.
+    # Devices of Windows, whatever follows the dot.
+    stem = re.sub(r"(?i)^(?=(con|prn|aux|nul|(com|lpt)[\d¹²³]) *(\.|$))", "_", stem)
+    if stem == prompt and 0 < len(stem.encode()) <= 120:
+        return stem
+    digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    kept = stem.encode()[: 120 - len("-") - len(digest)].decode(errors="ignore").strip(" .")
+    return f"{kept or 'prompt'}-{digest}"

@@ -7,7 +7,7 @@ from typing import Literal
 import optax
 
 from tav_jax.errors import UserError
-from tav_jax.pretrained.weights import in_modules
+from tav_jax.models.network import in_modules
 from tav_jax.types import Params
 
 Label = Literal["train", "freeze"]

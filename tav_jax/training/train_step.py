@@ -11,11 +11,10 @@ from jaxtyping import Int, UInt32
 
 from tav_jax.diffusion.schedule import NoiseSchedule, add_noise, training_target
 from tav_jax.errors import NotLearningError
-from tav_jax.models.network import Network
+from tav_jax.models.network import Network, in_modules
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import sample_posterior
 from tav_jax.parallel.sharding import denoiser, laid
-from tav_jax.pretrained.weights import in_modules
 from tav_jax.training.optimizer import Label, select
 from tav_jax.types import Context, Denoiser, Latents, Moments, Params, PRNGKey, Scalar, Timesteps
 
@@ -34,7 +33,7 @@ class TrainState(NamedTuple):
     key: PRNGKey
 
 
-class Draw(NamedTuple):
+class NoisedBatch(NamedTuple):
     """What one step draws at random, given the clip."""
 
     latents: Latents
@@ -50,7 +49,7 @@ def init_state(
 
 
 def denoising_loss(
-    denoise: Denoiser, schedule: NoiseSchedule, draw: Draw, context: Context
+    denoise: Denoiser, schedule: NoiseSchedule, draw: NoisedBatch, context: Context
 ) -> Scalar:
     """Returns the mean squared error of the prediction, in float32.
 
@@ -64,14 +63,14 @@ def denoising_loss(
 
 def draw_batch(
     key: PRNGKey, moments: Moments, schedule: NoiseSchedule, scaling_factor: float
-) -> Draw:
+) -> NoisedBatch:
     """Returns latents from the posterior, noise, and one uniform timestep per clip.
 
     The posterior is sampled anew for each step, as the published code does by encoding again.
     """
     posterior_key, noise_key, timestep_key = jax.random.split(key, 3)
     shape = (*moments.shape[:-1], moments.shape[-1] // 2)
-    return Draw(
+    return NoisedBatch(
         sample_posterior(moments, jax.random.normal(posterior_key, shape), scaling_factor),
         jax.random.normal(noise_key, shape),
         jax.random.randint(timestep_key, shape[:1], 0, len(schedule.alphas_cumprod)),
@@ -82,7 +81,7 @@ def loss_and_gradients(
     unet: Network[UNet3DConditionModel],
     labels: dict[str, Label],
     schedule: NoiseSchedule,
-    draw: Draw,
+    draw: NoisedBatch,
     context: Context,
 ) -> tuple[Scalar, Params]:
     """Returns the loss and its gradients by the parameters labelled "train".

@@ -25,24 +25,26 @@ from tqdm import tqdm
 from tav_jax.console import command, say
 from tav_jax.diffusion.samplers import Sampler
 from tav_jax.errors import UserError
-from tav_jax.files import written_whole
+from tav_jax.files import atomic_write
 from tav_jax.models.attention.dispatch import AttentionScope
+from tav_jax.models.network import in_modules
 from tav_jax.pipeline import (
-    clean_latents,
     compile_train_step,
     decode_latents,
     encode_frames,
     encode_prompts,
     invert_latents,
+    posterior_mean_latents,
     random_latents,
     sample_latents,
 )
 from tav_jax.pretrained.model import Model, load_model
-from tav_jax.pretrained.weights import TEMPORAL, in_modules
+from tav_jax.pretrained.weights import TEMPORAL
 from tav_jax.runs.config import parse, read_tree
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
 from tav_jax.training.train_step import init_state
-from tav_jax.video.files import contact_sheet, to_frames, write_image
+from tav_jax.video.sheets import contact_sheet
+from tav_jax.video.write import to_frames, write_image
 from tav_jax.worlds.metrics import measure
 from tav_jax.worlds.report import Record, write_report
 from tav_jax.worlds.tiny_scenes.drawing import render
@@ -158,13 +160,13 @@ def claim_results(folder: Path, config: Experiment) -> list[Record]:
         raise UserError(f"--output-dir: {folder} holds another experiment; name another folder")
     if not settings.is_file() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"--output-dir: {folder} exists and is no experiment; name another")
-    with written_whole(settings) as path:
+    with atomic_write(settings) as path:
         path.write_text(text)
     if not results.is_file():
         return []
     # The last line may have been cut by a kill: then it is made again.
     lines = [line for line in results.read_text().splitlines(keepends=True) if line[-1] == "\n"]
-    with written_whole(results) as path:
+    with atomic_write(results) as path:
         path.write_text("".join(lines))
     return [json.loads(line) for line in lines]
 
@@ -225,7 +227,7 @@ def sample_edits(
 ) -> UInt8[np.ndarray, "p f H W 3"]:
     """Returns a video for each edit, all from the same noise."""
     if setting.inversion:
-        latents = clean_latents(model, encode_frames(model, frames))
+        latents = posterior_mean_latents(model, encode_frames(model, frames))
         noise = invert_latents(model, latents, num_inv_steps=setting.num_inv_steps)
     else:
         noise = random_latents(model, [seed], len(frames), SIZE, SIZE)

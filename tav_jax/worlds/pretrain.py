@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from tav_jax.console import command, say
 from tav_jax.errors import NotLearningError, UserError
-from tav_jax.files import written_whole
+from tav_jax.files import atomic_write
 from tav_jax.models.clip import CLIPTextModel
 from tav_jax.models.network import Network, init_network
 from tav_jax.models.unet import UNet3DConditionModel
@@ -36,9 +36,11 @@ from tav_jax.pretrained.model import Model, save_model
 from tav_jax.runs.config import override, parse
 from tav_jax.runs.run import keep_metrics
 from tav_jax.training.checkpoints import latest_step, restore_item, save_items
-from tav_jax.training.train_step import Draw, denoising_loss
+from tav_jax.training.train_step import NoisedBatch, denoising_loss
 from tav_jax.types import Moments, Params, PixelValues, PRNGKey, Scalar
-from tav_jax.video.files import contact_sheet, to_frames, to_pixel_values, write_image
+from tav_jax.video.read import to_pixel_values
+from tav_jax.video.sheets import contact_sheet
+from tav_jax.video.write import to_frames, write_image
 from tav_jax.worlds.text_to_image import draw_scenes, in_words, share_right
 from tav_jax.worlds.tiny_scenes.drawing import cover, place, render_batch
 from tav_jax.worlds.tiny_scenes.recipe import (
@@ -341,7 +343,10 @@ def train_diffusion(recipe: Recipe, data: Data, vae: Network[AutoencoderKL], fol
         )
         context = text_encoder.with_params(params["text_encoder"])(ids)
         return denoising_loss(
-            unet.with_params(params["unet"]), schedule, Draw(latents, noise, timesteps), context
+            unet.with_params(params["unet"]),
+            schedule,
+            NoisedBatch(latents, noise, timesteps),
+            context,
         )
 
     def batches(step: int) -> tuple:
@@ -408,7 +413,7 @@ def pretrain(recipe: Recipe, output_dir: Path) -> None:
     text = json.dumps(dataclasses.asdict(recipe), indent=2) + "\n"
     if record.is_file() and record.read_text() != text:
         raise UserError(f"--output-dir: {output_dir} holds a training of another recipe")
-    with written_whole(record) as path:
+    with atomic_write(record) as path:
         path.write_text(text)
     data = make_data(recipe)
     vae = train_vae(recipe, data, output_dir / "autoencoder")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 
-from tav_jax.files import written_whole
+from tav_jax.files import atomic_write
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -140,7 +140,7 @@ def write_report(
         "## The clip's own caption",
         table(of, SOURCE),
     ]
-    with written_whole(folder / "report.md") as path:
+    with atomic_write(folder / "report.md") as path:
         path.write_text("\n\n".join(parts) + "\n")
     figure = plot_sweep(of, sweep) if sweep else plot_variants(of)
     figure.savefig(folder / f"{folder.name}.png", dpi=110)

@@ -11,7 +11,8 @@ from jaxtyping import UInt8
 from tav_jax.console import command, say
 from tav_jax.pipeline import decode_latents, random_latents, sample_latents
 from tav_jax.pretrained.model import Model, load_model
-from tav_jax.video.files import contact_sheet, to_frames, write_image
+from tav_jax.video.sheets import contact_sheet
+from tav_jax.video.write import to_frames, write_image
 from tav_jax.worlds.tiny_scenes.detector import read_frame
 from tav_jax.worlds.tiny_scenes.world import (
     ATTRIBUTES,

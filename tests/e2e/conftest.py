@@ -20,12 +20,12 @@ import yaml
 
 from tav_jax import tune
 from tav_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from tav_jax.models.network import init_network
+from tav_jax.models.network import in_modules, init_network
 from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
 from tav_jax.models.vae import AutoencoderKL, VAEConfig
 from tav_jax.pretrained.configs import write_unet_config
-from tav_jax.pretrained.weights import TEMPORAL, in_modules, save_tensors
-from tav_jax.video.files import write_video
+from tav_jax.pretrained.weights import TEMPORAL, save_tensors
+from tav_jax.video.write import write_video
 
 REPOSITORY = Path(__file__).parents[2]
 TOKENIZER = REPOSITORY / "tests/golden/base/tokenizer"

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tav_jax.pretrained.model import SHIPPED, load_model
+from tav_jax.pretrained.hub import SHIPPED
+from tav_jax.pretrained.model import load_model
 from tav_jax.worlds import text_to_image
 
 

@@ -38,8 +38,8 @@ def main(argv):
     process = jax.process_index()
     print(json.dumps({
         "process": process,
-        "main": distributed.is_main(),
-        "agreed": distributed.agreed([process == 0]),
+        "main": distributed.is_main_process(),
+        "agreed": distributed.broadcast_from_main([process == 0]),
         "sum": float(jax.jit(jnp.sum)(step(numbers))),
     }), flush=True)
     distributed.wait_for_all("said", 60)

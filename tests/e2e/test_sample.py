@@ -12,7 +12,7 @@ from PIL import Image
 
 import tav_jax.runs.samples
 from tav_jax import sample
-from tav_jax.video.files import read_frames
+from tav_jax.video.read import read_frames
 
 
 def read_video(path):

@@ -19,7 +19,7 @@ from tav_jax.runs.run import RunFolder, load_base
 from tav_jax.training.checkpoints import restore_state
 from tav_jax.training.optimizer import label_params, make_optimizer, select
 from tav_jax.training.train_step import init_state
-from tav_jax.video.files import read_frames
+from tav_jax.video.read import read_frames
 
 # Where it does not matter what trains: the gradient goes through the last blocks only, and a step
 # compiles in half the time.

@@ -105,7 +105,7 @@ class Ours:
             )
         )
 
-    def first_draw(self) -> tav.Draw:
+    def first_draw(self) -> tav.NoisedBatch:
         """Returns what the first tuning step draws."""
         key = jax.random.fold_in(jax.random.fold_in(self.state.key, 0), 0)
         return tav.draw_batch(key, self.moments, self.schedule, self.vae.config.scaling_factor)

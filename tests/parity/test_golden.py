@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 
 import tav_jax as tav
 from tav_jax.models.attention.dispatch import chunked
-from tav_jax.pretrained.weights import in_modules
+from tav_jax.models.network import in_modules
 
 # One prompt of the text case is too long on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:prompt of")

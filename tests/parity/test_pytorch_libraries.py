@@ -28,6 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tav_jax.diffusion.samplers import dpm_solver_sample
 from tav_jax.diffusion.schedule import ddim_inverse_step, ddim_step, ddim_timesteps, step_size
+from tav_jax.models.network import in_modules
 from tav_jax.pretrained.configs import read_schedule
 from tav_jax.pretrained.model import (
     load_model,
@@ -38,7 +39,7 @@ from tav_jax.pretrained.model import (
     save_unet,
     tokenize,
 )
-from tav_jax.pretrained.weights import TEMPORAL, in_modules, tensor_name, to_tensor
+from tav_jax.pretrained.weights import TEMPORAL, tensor_name, to_tensor
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, select
 from torch_unet3d import UNet3D, freeze_all_but_trained
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tav_jax.pipeline import decode_latents, random_latents, sample_latents
-from tav_jax.pretrained.model import SHIPPED, load_model
+from tav_jax.pretrained.hub import SHIPPED
+from tav_jax.pretrained.model import load_model
 
 torch = pytest.importorskip("torch")
 

@@ -7,15 +7,9 @@ import pytest
 from flax import nnx
 from jax.experimental import pallas as pl
 
-from tav_jax.models.attention.dispatch import (
-    FRAME_ATTENTION,
-    attention,
-    attention_weights,
-    choose_implementation,
-    chunked,
-    group_attention,
-    sparse_causal_attention,
-)
+from tav_jax.models.attention.dispatch import choose_implementation, chunked, group_attention
+from tav_jax.models.attention.einsum import attention, attention_weights
+from tav_jax.models.attention.frame_attention import FRAME_ATTENTION, sparse_causal_attention
 from tav_jax.models.transformer import Attention
 
 # The frames whose tokens each of four frames looks at. Sparse-causal frame 1 sees frame 0 as the

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from tav_jax.runs.config import (
-    HOW_KEYS,
+    EXECUTION_KEYS,
     MEANINGLESS_KEYS,
     TrainData,
     TuneConfig,
@@ -442,7 +442,7 @@ def test_the_originals_switch_of_gradient_checkpointing_names_a_preset(tmp_path,
 def test_every_setting_makes_a_difference():
     config = parse_config(SMALLEST)
     for field in fields(TuneConfig):
-        if field.name in HOW_KEYS:
+        if field.name in EXECUTION_KEYS:
             # Only in time and memory: a run may go on under another.
             another = replace(config, **{field.name: _another(config, field)})
             assert another != config

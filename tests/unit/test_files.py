@@ -7,19 +7,19 @@ import sys
 import pytest
 
 from tav_jax.files import (
-    claimed,
-    place_without_access,
+    atomic_write,
+    claim,
+    first_unwritable_parent,
     remove_lock,
     remove_partials,
-    written_whole,
 )
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from tav_jax.files import claimed, written_whole
+from tav_jax.files import claim, atomic_write
 path = Path(sys.argv[1])
-with claimed(path) as ours, written_whole(path) as partial:
+with claim(path) as ours, atomic_write(path) as partial:
     partial.write_text("half")
     print(ours, flush=True)
     time.sleep(600)
@@ -44,13 +44,13 @@ def names(folder):
 
 def test_the_claim_of_a_living_process_holds_and_that_of_a_dead_one_is_free(holder, tmp_path):
     path = tmp_path / "a file"
-    with claimed(path, wait=False) as ours:
+    with claim(path, wait=False) as ours:
         assert not ours
-    with claimed(tmp_path / "another", wait=False) as ours:
+    with claim(tmp_path / "another", wait=False) as ours:
         assert ours, "claims are for each file alone"
 
     holder.kill()
-    with claimed(path) as ours:
+    with claim(path) as ours:
         assert ours
         # What it had half written went with its claim.
         assert names(tmp_path) == {".a file.lock", ".another.lock"}
@@ -59,20 +59,20 @@ def test_the_claim_of_a_living_process_holds_and_that_of_a_dead_one_is_free(hold
 
 
 def test_a_claim_within_a_process_keeps_the_same_process_out(tmp_path):
-    with claimed(tmp_path / "a", wait=False) as first:
-        with claimed(tmp_path / "a", wait=False) as second:
+    with claim(tmp_path / "a", wait=False) as first:
+        with claim(tmp_path / "a", wait=False) as second:
             assert (first, second) == (True, False)
-        with claimed(tmp_path / "a", wait=False) as third:
+        with claim(tmp_path / "a", wait=False) as third:
             assert not third, "who was refused has not released it"
-    with claimed(tmp_path / "a", wait=False) as again:
+    with claim(tmp_path / "a", wait=False) as again:
         assert again
 
 
 def test_a_claim_ends_with_a_failure_and_its_lock_stays_for_those_who_wait(tmp_path):
-    with pytest.raises(KeyboardInterrupt), claimed(tmp_path / "a"):
+    with pytest.raises(KeyboardInterrupt), claim(tmp_path / "a"):
         raise KeyboardInterrupt
     assert names(tmp_path) == {".a.lock"}
-    with claimed(tmp_path / "a", wait=False) as ours:
+    with claim(tmp_path / "a", wait=False) as ours:
         assert ours
 
 
@@ -87,9 +87,9 @@ def test_a_lock_that_a_kill_left_is_removed_once_its_file_is_there(tmp_path):
 
 def test_two_writers_at_once_leave_the_whole_file_of_the_last(tmp_path):
     path = tmp_path / "new" / "a.json"
-    with written_whole(path) as first:
+    with atomic_write(path) as first:
         first.write_text("first")
-        with written_whole(path) as second:
+        with atomic_write(path) as second:
             assert second != first
             assert second.suffix == first.suffix == ".json"
             second.write_text("second")
@@ -101,15 +101,15 @@ def test_two_writers_at_once_leave_the_whole_file_of_the_last(tmp_path):
 
 def test_a_name_as_long_as_the_file_system_takes_can_be_written(tmp_path):
     path = tmp_path / ("a" * (os.pathconf(tmp_path, "PC_NAME_MAX") - 4) + ".mp4")
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("whole")
     assert path.read_text() == "whole"
 
 
 def test_what_is_left_of_one_file_is_removed_and_nothing_of_another(tmp_path):
-    with written_whole(tmp_path / "a.b.mp4") as living:
+    with atomic_write(tmp_path / "a.b.mp4") as living:
         living.write_text("half")
-        killed = [written_whole(tmp_path / "a.mp4") for _ in range(2)]  # which never end
+        killed = [atomic_write(tmp_path / "a.mp4") for _ in range(2)]  # which never end
         for writer in killed:
             writer.__enter__().write_text("half")
         assert len(names(tmp_path)) == 3
@@ -121,7 +121,7 @@ def test_what_keeps_a_file_from_being_created_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "file"
     file.touch()
-    assert place_without_access(tmp_path / "new/folder") is None
-    assert place_without_access(tmp_path) is None
-    assert place_without_access(file / "below") == file
-    assert place_without_access(file.relative_to(tmp_path) / "new/folder") == file
+    assert first_unwritable_parent(tmp_path / "new/folder") is None
+    assert first_unwritable_parent(tmp_path) is None
+    assert first_unwritable_parent(file / "below") == file
+    assert first_unwritable_parent(file.relative_to(tmp_path) / "new/folder") == file

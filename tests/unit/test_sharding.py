@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from tav_jax.bench.hlo import collective_bytes
 from tav_jax.parallel import sharding
-from tav_jax.parallel.sharding import AXES, laid, make_mesh, on_mesh, storage_spec, videos
+from tav_jax.parallel.sharding import AXES, laid, make_mesh, on_mesh, param_spec, videos
 from tav_jax.pipeline import compile_train_step, ddim_invert_loop, ddim_sample_loop
 from tav_jax.pretrained.configs import read_schedule
 from tav_jax.pretrained.sd_v1_4 import CONFIGS
@@ -33,7 +33,7 @@ def unet(tiny_unet):
 @pytest.fixture(autouse=True)
 def every_kernel_in_parts(monkeypatch):
     """However small: otherwise nothing in networks of these sizes would be."""
-    monkeypatch.setattr(sharding, "WORTH_PARTING", 1)
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 1)
 
 
 def clip(channels, frames=FRAMES):
@@ -135,7 +135,7 @@ def test_parts_of_parameters_are_gathered_and_nothing_else_is_added(unet):
     kernels = sum(
         4 * value.size
         for name, value in unet.params.items()
-        if storage_spec(name, value.shape, mesh_of((1, 1, 8))) != PartitionSpec()
+        if param_spec(name, value.shape, mesh_of((1, 1, 8))) != PartitionSpec()
     )
     assert kernels > 0
     assert parted.pop("all-gather") <= kernels + whole.pop("all-gather")
@@ -191,15 +191,15 @@ def test_meshes_that_cannot_be(sizes, frames, message):
 
 
 def test_large_kernels_are_stored_in_parts_and_the_rest_whole(monkeypatch):
-    monkeypatch.setattr(sharding, "WORTH_PARTING", 2**14)
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 2**14)
     mesh = mesh_of((1, 1, 8))
-    assert storage_spec("0.conv1.kernel", (3, 3, 320, 320), mesh) == PartitionSpec(
+    assert param_spec("0.conv1.kernel", (3, 3, 320, 320), mesh) == PartitionSpec(
         None, None, None, "fsdp"
     )
-    assert storage_spec("attn1.to_k.kernel", (320, 320), mesh) == PartitionSpec(None, "fsdp")
-    assert storage_spec("attn1.to_k.kernel", (64, 64), mesh) == PartitionSpec()
+    assert param_spec("attn1.to_k.kernel", (320, 320), mesh) == PartitionSpec(None, "fsdp")
+    assert param_spec("attn1.to_k.kernel", (64, 64), mesh) == PartitionSpec()
     trained = PartitionSpec(None, ("frames", "fsdp"))
     for name in ("attn1.to_q", "attn2.to_q", "attn_temp.to_k", "attn_temp.to_out.0"):
-        assert storage_spec(f"0.{name}.kernel", (320, 320), mesh) == trained
-    assert storage_spec("conv_out.kernel", (3, 3, 20480, 4), mesh) == PartitionSpec()
-    assert storage_spec("norm.scale", (32768,), mesh) == PartitionSpec()
+        assert param_spec(f"0.{name}.kernel", (320, 320), mesh) == trained
+    assert param_spec("conv_out.kernel", (3, 3, 20480, 4), mesh) == PartitionSpec()
+    assert param_spec("norm.scale", (32768,), mesh) == PartitionSpec()

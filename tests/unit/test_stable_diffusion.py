@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tav_jax.models.clip import CLIPTextModel
-from tav_jax.models.network import init_network
+from tav_jax.models.network import in_modules, init_network
+from tav_jax.pretrained.hub import find_folder
 from tav_jax.pretrained.model import (
-    find_folder,
     load_model,
     load_tokenizer,
     load_unet,
@@ -28,7 +28,7 @@ from tav_jax.pretrained.model import (
     save_unet,
     tokenize,
 )
-from tav_jax.pretrained.weights import TEMPORAL, in_modules, save_tensors
+from tav_jax.pretrained.weights import TEMPORAL, save_tensors
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -447,7 +447,7 @@ class Hub(BaseHTTPRequestHandler):
 FIND = """
 import json, sys, time
 time.sleep = lambda seconds: None  # the client waits longer before every further try
-from tav_jax.pretrained.model import find_folder
+from tav_jax.pretrained.hub import find_folder
 answers = []
 for repo, variant in json.loads(sys.argv[1]):
     try:

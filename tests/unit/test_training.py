@@ -12,7 +12,7 @@ from tav_jax.diffusion.schedule import make_schedule
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer, select
 from tav_jax.training.train_step import (
-    Draw,
+    NoisedBatch,
     NotLearningError,
     apply_gradients,
     check_movement,
@@ -98,7 +98,7 @@ def velocity_itself(schedule, draw):
 @pytest.fixture
 def draw(key):
     latents, noise = jax.random.normal(key, (2, 2, 2, 2, 2, 4))
-    return Draw(latents, noise, jnp.array([100, 900]))
+    return NoisedBatch(latents, noise, jnp.array([100, 900]))
 
 
 @pytest.mark.parametrize(

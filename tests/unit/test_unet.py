@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tav_jax.models.attention.dispatch import FRAME_ATTENTION
+from tav_jax.models.attention.frame_attention import FRAME_ATTENTION
 from tav_jax.models.layers import Downsample, GroupNorm, LayerNorm, ResnetBlock
 from tav_jax.models.network import parameter_shapes
 from tav_jax.models.transformer import Attention, BasicTransformerBlock

@@ -6,22 +6,15 @@ from functools import partial
 from pathlib import Path
 
 import imageio_ffmpeg
-import mediapy
 import numpy as np
 import pytest
 from PIL import Image
 
-from tav_jax.video.files import (
-    contact_sheet,
-    file_stem,
-    frame_indices,
-    read_frames,
-    side_by_side,
-    to_frames,
-    to_pixel_values,
-    write_image,
-    write_video,
-)
+from tav_jax.runs.samples import file_stem
+from tav_jax.video.ffmpeg import load_mediapy
+from tav_jax.video.read import frame_indices, read_frames, to_pixel_values
+from tav_jax.video.sheets import contact_sheet, side_by_side
+from tav_jax.video.write import to_frames, write_image, write_video
 
 VIDEOS = Path(__file__).parents[2].parent / "shared" / "videos"
 
@@ -151,14 +144,16 @@ def test_chosen_frames_come_out_of_a_video(clip, choice, expected):
     ("name", "codec"), [("a.gif", "gif"), ("a.webm", "vp9"), ("a.mov", "h264"), ("a.mkv", "h264")]
 )
 def test_other_containers_are_read(tmp_path, name, codec):
-    mediapy.write_video(tmp_path / name, grey_ramp(6), fps=8, codec=codec)
+    load_mediapy().write_video(tmp_path / name, grey_ramp(6), fps=8, codec=codec)
     assert indices_seen(read_small(tmp_path / name, sampling="uniform")) == [0, 2, 3, 5]
 
 
 def test_decoding_stops_after_the_last_wanted_frame(clip, monkeypatch):
     reads = []
-    read = mediapy.VideoReader.read
-    monkeypatch.setattr(mediapy.VideoReader, "read", lambda self: reads.append(1) or read(self))
+    read = load_mediapy().VideoReader.read
+    monkeypatch.setattr(
+        load_mediapy().VideoReader, "read", lambda self: reads.append(1) or read(self)
+    )
     read_small(clip, n_sample_frames=3, sample_frame_rate=2)
     assert len(reads) == 5
 
@@ -168,8 +163,8 @@ def test_a_clip_of_variable_rate_is_spread_over_the_frames_it_really_has(tmp_pat
     times = ["-vf", "setpts='if(lt(N,8),N*0.002,N*0.1)/TB'"]
     burst = [*times, "-fps_mode", "passthrough", "-enc_time_base", "1:90000"]
     path = tmp_path / "burst.mp4"
-    mediapy.write_video(path, grey_ramp(20), fps=10, crf=10, ffmpeg_args=burst)
-    with mediapy.VideoReader(path) as reader:
+    load_mediapy().write_video(path, grey_ramp(20), fps=10, crf=10, ffmpeg_args=burst)
+    with load_mediapy().VideoReader(path) as reader:
         delivered = indices_seen(np.stack(list(reader)))
         assert reader.num_images > len(delivered)
     assert indices_seen(read_small(path, n_sample_frames=2, sampling="uniform")) == [
@@ -358,7 +353,7 @@ def test_a_written_video_reads_back(tmp_path, name):
     np.testing.assert_allclose(read_small(path, n_sample_frames=7), frames, atol=LOSSY)
     assert [file.name for file in path.parent.iterdir()] == [name]
     if name == "a.mp4":  # A gif counts in hundredths of a second.
-        with mediapy.VideoReader(path) as reader:
+        with load_mediapy().VideoReader(path) as reader:
             assert reader.fps == 5
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tav_jax.models.clip import CLIPTextModel
-from tav_jax.models.network import parameter_shapes
+from tav_jax.models.network import in_modules, parameter_shapes
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import AutoencoderKL
 from tav_jax.pretrained.configs import read_text_config, read_unet_config, read_vae_config
@@ -22,7 +22,6 @@ from tav_jax.pretrained.sd_v1_4 import CONFIGS
 from tav_jax.pretrained.weights import (
     TEMPORAL,
     choose_weights,
-    in_modules,
     inflate,
     merge,
     parameter_name,

@@ -20,16 +20,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
-from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float
 
 from tav_jax.errors import UserError
 from tav_jax.models.attention.by_head import attention_by_head
 from tav_jax.models.attention.chunked import chunked_attention
+from tav_jax.models.attention.einsum import einsum_attention
 from tav_jax.models.attention.key_groups import Groups, Heads, joined, merged_attention
-from tav_jax.models.frame_collectives import all_frames, first_frame, former_frame
 
 AttentionScope = Literal["sparse_causal", "spatial", "first_frame", "full"]
 AttentionImplementation = Literal["auto", "einsum", "by_head", "chunked", "fused"]
@@ -42,30 +39,6 @@ SCORES_AT_ONCE = 2**26
 QUERIES_WORTH_A_KERNEL = 512
 CUDNN_WIDTH = 128  # the widest head that cuDNN takes before Hopper
 TPU_WIDTH = 160  # the widest head of which `flash_attention`'s blocks fit on the chip
-
-
-def attention_weights(
-    scores: Float[Array, "*axes q m"], width: int, dtype: jnp.dtype
-) -> Float[Array, "*axes q m"]:
-    """Returns softmax(scores / sqrt(width)) over the keys, taken in float32, given in `dtype`."""
-    return jax.nn.softmax(scores.astype(jnp.float32) * width**-0.5, axis=-1).astype(dtype)
-
-
-def attention(
-    query: Float[Array, "*axes q heads k"],
-    key: Float[Array, "*axes m heads k"],
-    value: Float[Array, "*axes m heads k"],
-    mask: Bool[Array, "q m"] | None = None,
-) -> Float[Array, "*axes q heads k"]:
-    """Returns softmax(Q K^T / sqrt(k)) V for each head; `mask` is true where a query may look.
-
-    Vaswani et al. 2017 (arXiv:1706.03762), eq. 1.
-    """
-    scores = jnp.einsum("...qhk,...mhk->...hqm", query, key, preferred_element_type=jnp.float32)
-    if mask is not None:
-        scores = jnp.where(jnp.broadcast_to(mask, scores.shape), scores, -jnp.inf)
-    weights = attention_weights(scores, query.shape[-1], value.dtype)
-    return jnp.einsum("...hqm,...mhk->...qhk", weights, value)
 
 
 def group_attention(
@@ -124,26 +97,6 @@ def choose_implementation(
     return "einsum" if math.prod(batch) * heads * scores <= SCORES_AT_ONCE else "chunked"
 
 
-def einsum_attention(query: Heads, keys: Groups, values: Groups) -> Heads:
-    """Returns `group_attention`, all scores in memory together."""
-
-    def each(equation: str, x: Array, group: Array) -> Array:
-        shared = group.shape[1] == 1
-        return jnp.einsum(
-            equation.replace("g", "" if shared else "f"),
-            x,
-            group[:, 0] if shared else group,
-            preferred_element_type=jnp.float32,
-        )
-
-    scores = jnp.concatenate([each("bfqhk,bgmhk->bfhqm", query, key) for key in keys], axis=-1)
-    weights = attention_weights(scores, query.shape[-1], values[0].dtype)
-    ends = [sum(key.shape[2] for key in keys[: i + 1]) for i in range(len(keys) - 1)]
-    parts = zip(jnp.split(weights, ends, axis=-1), values, strict=True)
-    mixed = sum(each("bfhqm,bgmhk->bfqhk", part, value) for part, value in parts)
-    return jnp.asarray(mixed, query.dtype)
-
-
 def cudnn_attention(query: Heads, keys: Groups, values: Groups) -> Heads:
     """Returns `group_attention` by cuDNN, which keeps scores on the chip."""
     rows = joined(query, keys, values)
@@ -164,52 +117,4 @@ IMPLEMENTATIONS: dict[str, Callable[[Heads, Groups, Groups], Heads]] = {
     "by_head": attention_by_head,
     "chunked": partial(merged_attention, attend=chunked_attention),
     "fused": lambda *heads: KERNELS[platform()](*heads),
-}
-
-
-def sparse_causal_attention(
-    query: Heads, key: Heads, value: Heads, implementation: AttentionImplementation = "auto"
-) -> Heads:
-    """Returns each frame's attention over the tokens of frame 0 and of the frame before it.
-
-    Wu et al. 2023 (arXiv:2212.11565), section 3.2: Q = W_Q z_i, K = W_K [z_0, z_{i-1}],
-    V = W_V [z_0, z_{i-1}]. Frame 0 has no predecessor: it looks at itself twice, which is the
-    same as once.
-    """
-    keys, values = ((first_frame(x), former_frame(x)) for x in (key, value))
-    return group_attention(query, keys, values, implementation)
-
-
-def spatial_attention(
-    query: Heads,
-    key: Float[Array, "b g m heads k"],
-    value: Float[Array, "b g m heads k"],
-    implementation: AttentionImplementation = "auto",
-) -> Heads:
-    """Returns each frame's attention over its own keys, or over one frame's that all share."""
-    return group_attention(query, (key,), (value,), implementation)
-
-
-def first_frame_attention(
-    query: Heads, key: Heads, value: Heads, implementation: AttentionImplementation = "auto"
-) -> Heads:
-    """Returns each frame's attention over the tokens of frame 0 alone."""
-    return group_attention(query, (first_frame(key),), (first_frame(value),), implementation)
-
-
-def full_attention(
-    query: Heads, key: Heads, value: Heads, implementation: AttentionImplementation = "auto"
-) -> Heads:
-    """Returns each token's attention over every token of every frame."""
-    key, value = (
-        rearrange(all_frames(x), "b f n heads k -> b 1 (f n) heads k") for x in (key, value)
-    )
-    return group_attention(query, (key,), (value,), implementation)
-
-
-FRAME_ATTENTION: dict[str, Callable[..., Heads]] = {
-    "sparse_causal": sparse_causal_attention,
-    "spatial": spatial_attention,
-    "first_frame": first_frame_attention,
-    "full": full_attention,
 }

@@ -1,0 +1,71 @@
+"""Write videos and images."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from tav_jax.errors import UserError
+from tav_jax.files import atomic_write
+from tav_jax.video.ffmpeg import load_mediapy
+
+
+def to_frames(
+    pixel_values: Float[np.ndarray, "*batch H W 3"],
+) -> UInt8[np.ndarray, "*batch H W 3"]:
+    """The inverse of `to_pixel_values`, rounded to nearest; values beyond [-1, 1] are clipped."""
+    values = np.asarray(pixel_values, np.float32)
+    if missing := int(np.isnan(values).sum()):
+        raise UserError(
+            f"pixel_values: {missing} of {values.size} are NaN; "
+            "try dtype float32, a smaller learning_rate or an earlier checkpoint"
+        )
+    return np.rint((np.clip(values, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def write_video(
+    path: str | os.PathLike[str], frames: UInt8[np.ndarray, "f H W 3"], fps: int | float = 8
+) -> None:
+    """Writes an .mp4 (h264) or a .gif, by the suffix of `path`.
+
+    An mp4 that browsers play has even sides, so odd ones grow by a repeated row or column.
+    """
+    path = Path(path)
+    _require_uint8(frames)
+    if not len(frames):
+        raise UserError(f"{path}: no frames to write")
+    if path.suffix.lower() == ".mp4":
+        _, height, width, _ = frames.shape
+        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        # Untagged colours are guessed from the size, by each player in its own way: say bt709.
+        tags = "-colorspace bt709 -color_primaries bt709 -color_trc bt709 -movflags +faststart"
+        options = {
+            "crf": 18,  # x264's guide: "visually lossless or nearly so".
+            "encoded_format": "yuv420p",
+            "ffmpeg_args": f"-vf scale=out_color_matrix=bt709 {tags}",
+        }
+    elif path.suffix.lower() == ".gif":
+        options = {"codec": "gif"}
+    else:
+        raise UserError(f"{path}: a video is written as .mp4 or .gif, not {path.suffix!r}")
+    with atomic_write(path) as partial:
+        try:
+            load_mediapy().write_video(partial.absolute(), frames, fps=fps, **options)
+        except (RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise OSError(f"{path}: ffmpeg could not write it ({reason})") from None
+
+
+def write_image(path: str | os.PathLike[str], image: UInt8[np.ndarray, "H W 3"]) -> None:
+    """Writes one image in the format of its suffix."""
+    _require_uint8(image)
+    with atomic_write(Path(path)) as partial:
+        Image.fromarray(image).save(partial)
+
+
+def _require_uint8(frames: np.ndarray) -> None:
+    # mediapy would take floats for [0, 1] and write grey without a word.
+    if frames.dtype != np.uint8:
+        raise TypeError(f"frames are {frames.dtype}, not uint8; pass to_frames(pixel_values)")
