@@ -18,7 +18,7 @@ logging.getLogger("transformers").addFilter(
     lambda record: "PyTorch was not found" not in record.getMessage()
 )
 
-from tav_jax.diffusion.samplers import ddim_invert, ddim_sample, dpm_solver_sample  # noqa: E402
+from tav_jax.diffusion.sampling import ddim_invert, ddim_sample, dpm_solver_sample  # noqa: E402
 from tav_jax.diffusion.schedule import (  # noqa: E402
     NoiseSchedule,
     add_noise,

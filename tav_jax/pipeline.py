@@ -16,16 +16,16 @@ from jax import Array
 from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
+from tav_jax.diffusion.guidance import guide
 from tav_jax.diffusion.samplers import (
     Sampler,
-    State,
-    Step,
+    SamplerName,
     check_eta,
-    ddim_inverter,
-    ddim_stepper,
-    dpm_solver_start,
-    dpm_solver_stepper,
+    ddim,
+    ddim_inverse,
+    dpm_solver,
 )
+from tav_jax.diffusion.sampling import run_steps
 from tav_jax.diffusion.schedule import NoiseSchedule
 from tav_jax.errors import UserError
 from tav_jax.models.network import Network
@@ -45,11 +45,11 @@ TrainStep = Callable[
 PARTS = 10
 
 
-def _loop(name: str, stepper: Callable[..., Step]) -> Callable:
-    """Returns `stepper`'s steps from `start` to before `stop` as one program, its state donated.
+def _loop(name: str, make_sampler: Callable[..., Sampler]) -> Callable:
+    """Return a program that runs a sampler's steps from `start` to before `stop`.
 
-    The bounds are dynamic, so that all parts of a loop are calls of the same program. Each makes
-    the text's keys and values anew, which is far less work than one step.
+    The bounds are dynamic, so that all parts of a loop are calls of one program. Each call makes
+    the text's keys and values anew, which is far less work than one step. The state is donated.
     """
 
     def loop(
@@ -59,13 +59,16 @@ def _loop(name: str, stepper: Callable[..., Step]) -> Callable:
         unet: Network,
         schedule: NoiseSchedule,
         contexts: tuple[Context | None, ...],
-        *settings: Any,
+        guidance_scale: float | Scalar = 1.0,
+        *noise: Any,
         num_steps: int,
     ) -> Any:
         texts = jax.tree.map(unet.bind().text_keys_values, contexts)
-        step = stepper(denoiser(unet), schedule, *texts, *settings, num_steps=num_steps)
-        # The next part takes this one's state.
-        return laid(jax.lax.fori_loop(start, stop, step, state), videos)
+        context, negative_context = (*texts, None)[:2]
+        predict = guide(denoiser(unet), context, negative_context, guidance_scale)
+        state, _ = run_steps(make_sampler(schedule, num_steps, *noise), predict, state, start, stop)
+        # The next part takes this part's state, so it must be sharded in the same way.
+        return laid(state, videos)
 
     loop.__name__ = name  # what logs, profiles and the cache on disk call the program
     return jax.jit(loop, static_argnames="num_steps", donate_argnames="state")
@@ -74,12 +77,16 @@ def _loop(name: str, stepper: Callable[..., Step]) -> Callable:
 _encode_text = jax.jit(lambda text_encoder, ids: text_encoder(ids))
 encode_video = jax.jit(over_frames(lambda vae, pixel_values: vae.bind().encode(pixel_values)))
 decode_video = jax.jit(over_frames(lambda vae, latents: vae.bind().decode(latents)))
-# The state's first copy is made where the network is, as all later ones are: arrays that have been
-# put on a device and arrays that have not would each compile a program. Hence `keep_unused`.
+# The unused network commits the copy to the network's device, as the loop's own results are.
+# Committed and uncommitted inputs would compile the loop twice.
 _copy = jax.jit(lambda state, unet: laid(jax.tree.map(jnp.copy, state), videos), keep_unused=True)
-ddim_invert_loop = _loop("ddim_invert", ddim_inverter)
-ddim_sample_loop = _loop("ddim_sample", ddim_stepper)
-dpm_solver_sample_loop = _loop("dpm_solver_sample", dpm_solver_stepper)
+ddim_invert_loop = _loop("ddim_invert", ddim_inverse)
+ddim_sample_loop = _loop("ddim_sample", ddim)
+dpm_solver_sample_loop = _loop("dpm_solver_sample", dpm_solver)
+SAMPLERS: dict[str, tuple[Callable[..., Sampler], Callable]] = {
+    "ddim": (ddim, ddim_sample_loop),
+    "dpm_solver": (dpm_solver, dpm_solver_sample_loop),
+}
 
 
 def _hidden(progress: bool) -> bool | None:
@@ -90,26 +97,26 @@ def _hidden(progress: bool) -> bool | None:
 def _run(
     description: str,
     loop: Callable,
-    state: State,
+    sampler: Sampler,
+    latents: Latents,
     unet: Network,
     *inputs: Any,
-    num_steps: int,
     progress: bool,
-) -> State:
-    """Returns the state after all steps: in one call, or in `PARTS` where a bar is shown."""
-    # The loop donates its state, and the caller's latents are not ours to give away.
-    state = _copy(state, unet)
+) -> Latents:
+    """Return the latents after all steps: in one call, or in `PARTS` calls with a progress bar."""
+    # The loop donates its state, and the latents belong to the caller.
+    state = _copy(sampler.init(latents), unet)
+    num_steps = sampler.num_steps
     with tqdm(
         total=num_steps, desc=description, disable=_hidden(progress), leave=False, miniters=1
     ) as bar:
-        # At least one part, in which a number of steps that does not fit is refused.
-        parts = 1 if bar.disable else max(1, min(PARTS, num_steps))
+        parts = 1 if bar.disable else min(PARTS, num_steps)
         bounds = [num_steps * part // parts for part in range(parts + 1)]
         for start, stop in pairwise(bounds):
             state = loop(state, start, stop, unet, *inputs, num_steps=num_steps)
             jax.block_until_ready(state)
             bar.update(stop - start)
-    return state
+    return sampler.latents(state)
 
 
 def encode_prompts(model: Model, prompts: Sequence[str]) -> Context:
@@ -162,11 +169,11 @@ def invert_latents(
     return _run(
         "inverting",
         ddim_invert_loop,
+        ddim_inverse(model.schedule, num_inv_steps),
         latents,
         model.unet,
         model.schedule,
         (context,),
-        num_steps=num_inv_steps,
         progress=progress,
     )
 
@@ -179,7 +186,7 @@ def sample_latents(
     negative_prompt: str = "",
     guidance_scale: float = 12.5,
     num_inference_steps: int = 50,
-    sampler: Sampler = "ddim",
+    sampler: SamplerName = "ddim",
     eta: float = 0.0,
     seeds: Sequence[int] | None = None,
     progress: bool = False,
@@ -199,17 +206,25 @@ def sample_latents(
     negative_context = None
     if guidance_scale > 1:
         negative_context = jnp.broadcast_to(encode_prompts(model, [negative_prompt]), context.shape)
-    drawn: tuple = ()
+    noise: tuple = ()
     if eta > 0:
         if seeds is None or len(seeds) != len(prompts):
             raise UserError(f"eta {eta} draws noise: give seeds, one for each prompt")
-        drawn = eta, jnp.stack([jax.random.key(seed) for seed in seeds])
+        noise = eta, jnp.stack([jax.random.key(seed) for seed in seeds])
 
-    inputs = model.unet, model.schedule, (context, negative_context), guidance_scale, *drawn
-    run = partial(_run, "sampling", num_steps=num_inference_steps, progress=progress)
-    if sampler == "dpm_solver":
-        return run(dpm_solver_sample_loop, dpm_solver_start(latents), *inputs).latents
-    return run(ddim_sample_loop, latents, *inputs)
+    make_sampler, loop = SAMPLERS[sampler]
+    return _run(
+        "sampling",
+        loop,
+        make_sampler(model.schedule, num_inference_steps),
+        latents,
+        model.unet,
+        model.schedule,
+        (context, negative_context),
+        guidance_scale,
+        *noise,
+        progress=progress,
+    )
 
 
 def compile_train_step(

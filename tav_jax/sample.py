@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from tav_jax.console import command, say
-from tav_jax.diffusion.samplers import Sampler
+from tav_jax.diffusion.samplers import SamplerName
 from tav_jax.errors import UserError
 from tav_jax.parallel import processes as distributed
 from tav_jax.parallel.processes import broadcast_from_main, is_main_process
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--num-inference-steps", type=int, metavar="N")
     parser.add_argument("--num-inv-steps", type=int, metavar="N")
-    parser.add_argument("--sampler", choices=get_args(Sampler), help="dpm_solver: 20 steps do")
+    parser.add_argument("--sampler", choices=get_args(SamplerName), help="dpm_solver: 20 steps do")
     parser.add_argument("--eta", type=float, help="noise of each DDIM step, 0 to 1")
     parser.add_argument("--random-noise", action="store_true", help="do not start from the clip")
     parser.add_argument("--output-dir", metavar="DIR", help="default: RUN_DIR/samples/sample-STEP")

@@ -101,11 +101,11 @@ def ddim_timesteps(schedule: NoiseSchedule, num_steps: int) -> Int32[np.ndarray,
         ValueError: there are more steps than timesteps, or none.
     """
     _last_timestep(schedule, num_steps, "DDIM")
-    steps = np.arange(num_steps, dtype=np.int32) * step_size(schedule, num_steps)
+    steps = np.arange(num_steps, dtype=np.int32) * ddim_step_size(schedule, num_steps)
     return steps[::-1] + np.int32(STEPS_OFFSET)
 
 
-def step_size(schedule: NoiseSchedule, num_steps: int) -> int:
+def ddim_step_size(schedule: NoiseSchedule, num_steps: int) -> int:
     """Returns how many timesteps one of `num_steps` DDIM steps spans."""
     return len(schedule.alphas_cumprod) // num_steps
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from tav_jax.diffusion.samplers import Sampler
+from tav_jax.diffusion.samplers import SamplerName
 from tav_jax.errors import UserError
 from tav_jax.runs.samples import Job, Sample, plan_samples
 
@@ -27,7 +27,7 @@ class Item:
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
     num_inference_steps: Annotated[int, Field(gt=0, lt=1000)] | None = None
     num_inv_steps: Annotated[int, Field(gt=0, lt=1000)] | None = None
-    sampler: Sampler | None = None
+    sampler: SamplerName | None = None
     eta: Annotated[float, Field(ge=0, le=1)] | None = None
     use_inv_latent: bool = True
 

@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from tav_jax.diffusion.samplers import Sampler, check_eta
+from tav_jax.diffusion.samplers import SamplerName, check_eta
 from tav_jax.errors import MissingFileError, UserError
 from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
 from tav_jax.training.optimizer import TRAINABLE_MODULES, LRScheduler
@@ -97,7 +97,7 @@ class ValidationData:
     width: Size | None = None
     height: Size | None = None
     num_inference_steps: Annotated[int, Field(gt=0, lt=1000)] = 50
-    sampler: Sampler = "ddim"
+    sampler: SamplerName = "ddim"
     guidance_scale: NonNegativeFloat = 12.5
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     use_inv_latent: bool = True

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from tav_jax.diffusion.samplers import Sampler, check_eta
+from tav_jax.diffusion.samplers import SamplerName, check_eta
 from tav_jax.errors import ExistingFileError
 from tav_jax.files import atomic_write
 from tav_jax.parallel.processes import is_main_process
@@ -55,7 +55,7 @@ class Sample:
     eta: float
     num_inv_steps: int | None
     name_seed: bool = False
-    sampler: Sampler = "ddim"
+    sampler: SamplerName = "ddim"
 
     def __post_init__(self) -> None:
         check_eta(self.sampler, self.eta)

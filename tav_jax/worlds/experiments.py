@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from tav_jax.console import command, say
-from tav_jax.diffusion.samplers import Sampler
+from tav_jax.diffusion.samplers import SamplerName
 from tav_jax.errors import UserError
 from tav_jax.files import atomic_write
 from tav_jax.models.attention.dispatch import AttentionScope
@@ -72,7 +72,7 @@ class Setting:
     guidance_scale: NonNegativeFloat = 2.0
     num_inference_steps: PositiveInt = 25
     num_inv_steps: PositiveInt = 25
-    sampler: Sampler = "ddim"
+    sampler: SamplerName = "ddim"
 
 
 @dataclass(frozen=True, config=_strict)

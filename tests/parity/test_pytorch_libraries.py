@@ -26,8 +26,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tav_jax.diffusion.samplers import dpm_solver_sample
-from tav_jax.diffusion.schedule import ddim_inverse_step, ddim_step, ddim_timesteps, step_size
+from tav_jax.diffusion.sampling import dpm_solver_sample
+from tav_jax.diffusion.schedule import ddim_inverse_step, ddim_step, ddim_step_size, ddim_timesteps
 from tav_jax.models.network import in_modules
 from tav_jax.pretrained.configs import read_schedule
 from tav_jax.pretrained.model import (
@@ -472,7 +472,7 @@ def test_every_ddim_step_is_that_of_diffusers(prediction_type, to_one, eta, num_
             videos_last(prediction),
             videos_last(latents),
             t,
-            step_size=step_size(ours, num_steps),
+            step_size=ddim_step_size(ours, num_steps),
             eta=eta,
             noise=videos_last(noise) if eta else None,
         )
@@ -496,7 +496,7 @@ def test_every_inverse_step_is_that_of_diffusers(prediction_type, to_one):
             videos_last(prediction),
             videos_last(latents),
             t,
-            step_size=step_size(ours, 7),
+            step_size=ddim_step_size(ours, 7),
         )
         assert relative_error(channels_first(moved), expected) < STEP, t
 

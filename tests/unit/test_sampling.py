@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tav_jax.diffusion.samplers import ddim_invert, ddim_sample
+from tav_jax.diffusion.sampling import ddim_invert, ddim_sample
 from tav_jax.diffusion.schedule import ddim_timesteps, make_schedule
 
 ROUNDING = 1e-4  # float32 over a trajectory, where small abar magnify rounding by up to 15

@@ -9,9 +9,9 @@ from tav_jax.diffusion.schedule import (
     add_noise,
     ddim_inverse_step,
     ddim_step,
+    ddim_step_size,
     ddim_timesteps,
     make_schedule,
-    step_size,
     training_target,
     velocity,
 )
@@ -129,7 +129,7 @@ def test_timesteps_are_evenly_spaced_down_to_one(num_steps, first, last, size):
     assert len(timesteps) == num_steps
     assert timesteps[:3].tolist() == first
     assert timesteps[-3:].tolist() == last
-    assert step_size(schedule, num_steps) == size
+    assert ddim_step_size(schedule, num_steps) == size
 
 
 def test_every_number_of_steps_stays_within_the_schedule():
@@ -138,7 +138,7 @@ def test_every_number_of_steps_stays_within_the_schedule():
         timesteps = ddim_timesteps(schedule, num_steps)
         assert timesteps[0] <= 999
         assert timesteps[-1] == 1
-        assert set(np.diff(timesteps)) <= {-step_size(schedule, num_steps)}
+        assert set(np.diff(timesteps)) <= {-ddim_step_size(schedule, num_steps)}
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 1000, 2000])
