@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from jax.experimental import pallas as pl
 
-from tav_jax.models.attention.dispatch import choose_implementation, chunked, group_attention
+from tav_jax.models.attention import chunked
+from tav_jax.models.attention.dispatch import choose_implementation, group_attention
 from tav_jax.models.attention.einsum import attention, attention_weights
 from tav_jax.models.attention.frame_attention import FRAME_ATTENTION, sparse_causal_attention
 from tav_jax.models.transformer import Attention

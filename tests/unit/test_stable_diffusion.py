@@ -536,7 +536,7 @@ def test_a_downloaded_model_loads_like_the_folder(hub, model):
 def one_line_without(repo, answer):
     """Tells that no model was found, in one line; returns the line."""
     kind, message = answer
-    assert kind == "FileNotFoundError"
+    assert kind == "MissingFileError"
     assert message.startswith(f"pretrained_model_path: no folder '{repo}', nor such a model")
     assert len(message.splitlines()) == 1
     return message

@@ -192,7 +192,7 @@ def test_each_step_draws_posterior_noise_and_timesteps_anew(clip, schedule):
         draw_batch(jax.random.fold_in(jax.random.key(0), step), moments, schedule, 1.0)
         for step in (0, 1)
     )
-    for name in Draw._fields:
+    for name in NoisedBatch._fields:
         assert np.all(getattr(one, name) != getattr(other, name)), name
 
 

@@ -192,12 +192,12 @@ def test_a_file_that_is_no_video_gets_one_line(tmp_path, content):
 
 
 def test_a_missing_ffmpeg_is_not_taken_for_a_bad_clip(clip):
-    mediapy.set_ffmpeg("no-such-ffmpeg")
+    load_mediapy().set_ffmpeg("no-such-ffmpeg")
     try:
         with pytest.raises(ValueError, match=r"Program 'no-such-ffmpeg' is not found"):
             read_small(clip)
     finally:
-        mediapy.set_ffmpeg(imageio_ffmpeg.get_ffmpeg_exe())
+        load_mediapy().set_ffmpeg(imageio_ffmpeg.get_ffmpeg_exe())
 
 
 @pytest.mark.skipif(not VIDEOS.exists(), reason="the real clips lie beside the repository")
@@ -395,7 +395,7 @@ def test_nobody_reads_half_a_file(tmp_path):
 def test_an_mp4_of_odd_size_grows_to_one_that_browsers_play(tmp_path):
     path = tmp_path / "a.mp4"
     write_video(path, grey_ramp(3, height=17, width=25))
-    video = mediapy.read_video(path)
+    video = load_mediapy().read_video(path)
     assert video.shape == (3, 18, 26, 3)
     assert indices_seen(np.asarray(video)) == [0, 1, 2]
     ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", path]

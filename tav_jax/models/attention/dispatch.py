@@ -20,7 +20,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from tav_jax.errors import UserError
 from tav_jax.models.attention.by_head import attention_by_head
@@ -98,9 +100,26 @@ def choose_implementation(
 
 
 def cudnn_attention(query: Heads, keys: Groups, values: Groups) -> Heads:
-    """Returns `group_attention` by cuDNN, which keeps scores on the chip."""
-    rows = joined(query, keys, values)
-    return jax.nn.dot_product_attention(*rows, implementation="cudnn").reshape(query.shape)
+    """Return `group_attention` by cuDNN, which keeps scores on the chip.
+
+    JAX (0.10 to 0.12) refuses the backward pass where the number of queries or of keys is odd, and
+    the text has 77 tokens. So odd lengths are padded by one: padded keys are hidden by their
+    length, and what padded queries give is cut off, so that no gradient comes from them.
+    """
+    rows, key, value = joined(query, keys, values)
+    queries, length = rows.shape[1], key.shape[1]
+    out = jax.nn.dot_product_attention(
+        _pad_to_even(rows),
+        _pad_to_even(key),
+        _pad_to_even(value),
+        key_value_seq_lengths=jnp.full(len(key), length, jnp.int32) if length % 2 else None,
+        implementation="cudnn",
+    )
+    return out[:, :queries].reshape(query.shape)
+
+
+def _pad_to_even(rows: Float[Array, "b n heads k"]) -> Float[Array, "b n2 heads k"]:
+    return jnp.pad(rows, ((0, 0), (0, rows.shape[1] % 2), (0, 0), (0, 0)))
 
 
 def pallas_attention(query: Heads, keys: Groups, values: Groups) -> Heads:
