@@ -1,10 +1,13 @@
-"""What all command lines share: how they speak, and how they end."""
+"""What all commands share: log lines, exit status, and the compilation cache."""
 
 import functools
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ Main = Callable[[Sequence[str] | None], None]
 
 
 def say(text: str) -> None:
-    """Prints a line without tearing a progress bar; of several processes the main one does."""
+    """Print a line above any progress bar. In a job of several processes the main one prints."""
     if distributed.is_main_process():
         tqdm.write(text)
 
@@ -28,14 +31,14 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Makes this process load what earlier ones compiled, from `~/.cache/tav_jax/compiled`.
+    """Keep compiled programs in `~/.cache/tav_jax/compiled` and load those of earlier processes.
 
-    Whoever has set up JAX's own compilation cache keeps it as it is: JAX_COMPILATION_CACHE_DIR
-    names another folder or, empty, none; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    A cache that the user has set up for JAX stays as it is: JAX_COMPILATION_CACHE_DIR names another
+    folder or, if empty, none; JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
     """
     chosen = jax.config.values["jax_compilation_cache_dir"]
     if chosen == "":
-        # To JAX no name is a name too, and XLA would keep its choices of GPU kernels in the
+        # JAX takes an empty name for a name, and XLA would write its autotuning results into the
         # current folder.
         jax.config.update("jax_compilation_cache_dir", None)
     if (
@@ -47,22 +50,64 @@ def keep_compiled_programs() -> None:
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         folder = caches / "tav_jax/compiled"
-        # Programs are run as they lie there: nobody else may write to it.
+        # Cached programs are executed unchecked, so nobody else may write to the folder.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # a home that is read-only, or none
         return
     if os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        # Small programs too: a start has ninety of them, and all take two megabytes.
+        # Small programs too: a start has ninety of them, two megabytes in all.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def command(main: Main) -> Callable[..., int]:
-    """Returns a command line's main that gives an exit status.
+_interrupted = threading.Event()
 
-    0: done. 1: something that the user can mend, said without a traceback (TAV_JAX_TRACEBACK=1
-    brings it back). 130: interrupted. Any other exception is a fault of ours and ends in its
-    traceback. Of several processes none waits for one that has ended so.
+
+@contextmanager
+def _noticing_interrupts() -> Iterator[None]:
+    """Remember that Ctrl-C was pressed, besides raising KeyboardInterrupt.
+
+    An interrupt that arrives within a call of JAX may come out as another exception, and one in a
+    garbage collector's callback not at all.
+    """
+    _interrupted.clear()
+    usual = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not (in_main_thread and usual is signal.default_int_handler):
+        yield
+        return
+
+    def remember(number: int, frame: Any) -> None:
+        _interrupted.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def raise_if_interrupted() -> None:
+    """Raise KeyboardInterrupt if Ctrl-C was pressed and the exception got lost.
+
+    Long loops call this between steps.
+    """
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+def _end_interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return 130
+
+
+def command(main: Main) -> Callable[..., int]:
+    """Return a command's main function with an exit status.
+
+    0: done. 1: a mistake that the user can mend, printed as one line (TAV_JAX_TRACEBACK=1 shows
+    the traceback). 130: interrupted by Ctrl-C. Any other exception is a bug and shows its
+    traceback. In a job of several processes an error of one ends the others too.
     """
 
     def run(argv: Sequence[str] | None) -> int:
@@ -71,17 +116,22 @@ def command(main: Main) -> Callable[..., int]:
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = _show_warning
             try:
-                main(argv)
-            except (UserError, OSError) as error:
+                with _noticing_interrupts():
+                    main(argv)
+                    raise_if_interrupted()
+            except KeyboardInterrupt:
+                pass
+            except Exception as error:
+                if _interrupted.is_set():  # the interrupt came out as another exception
+                    return _end_interrupted()
                 expected = isinstance(error, UserError) or is_machine_error(error)
                 if not expected or os.environ.get("TAV_JAX_TRACEBACK"):
                     raise
                 print(f"error: {error}", file=sys.stderr)
                 return 1
-            except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
-                return 130
-            return 0
+            else:
+                return 0
+            return _end_interrupted()
 
     @functools.wraps(main)
     def run_together(argv: Sequence[str] | None = None) -> int:

@@ -33,6 +33,10 @@ class ExistingFileError(UserError, FileExistsError):
     """A file that the user did not ask to overwrite is in the way."""
 
 
+class MissingProcessError(UserError, TimeoutError):
+    """Other processes of the job did not come to the same place in time."""
+
+
 class NotLearningError(UserError, RuntimeError):
     """A run whose parameters do not move as they should, or whose loss is not a number."""
 

@@ -7,77 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from tav_jax.console import command, say
+from tav_jax.console import command
 from tav_jax.diffusion.samplers import SamplerName
 from tav_jax.errors import UserError
 from tav_jax.parallel import processes as distributed
-from tav_jax.parallel.processes import broadcast_from_main, is_main_process
-from tav_jax.parallel.sharding import on_mesh
 from tav_jax.runs.config import parse_mesh
-from tav_jax.runs.metrics_log import Stages
-from tav_jax.runs.run import inverted_clip, load_tuned, mesh_of, read_clip
-from tav_jax.runs.samples import (
-    Job,
-    Sample,
-    has_overview,
-    plan_samples,
-    write_overview,
-    write_samples,
-)
-
-
-def sample_run(job: Job, *, batch_size: int = 1) -> list[Path]:
-    """Returns the paths of the videos that a run did not have yet and has now.
-
-    The model is loaded only if something is missing.
-    """
-    run, config, step, folder = job.run, job.config, job.step, job.folder
-    is_wanted = broadcast_from_main([sample in job.wanted for sample in job.samples])
-    wanted = [sample for sample, flag in zip(job.samples, is_wanted, strict=True) if flag]
-    if len(wanted) < len(job.samples):
-        skipped = len(job.samples) - len(wanted)
-        say(f"{skipped} of {len(job.samples)} videos are there already: skipped")
-    written = []
-    if wanted:
-        warn_unused_seeds(wanted)
-        with on_mesh(mesh_of(config)):
-            model = load_tuned(run, config, step)
-            for path in write_samples(
-                model,
-                config,
-                wanted,
-                lambda num_inv_steps: inverted_clip(run, config, model, step, num_inv_steps),
-                folder,
-                Stages(),
-                batch_size=batch_size,
-            ):
-                say(f"wrote {path}")
-                written.append(path)
-    if is_main_process():
-        renew_overview(job)
-    return written
-
-
-def renew_overview(job: Job) -> None:
-    """Writes the overview of a job's folder unless it is newer than what it shows."""
-    if has_overview(job.folder):
-        return
-    try:
-        source = read_clip(job.config)
-    except UserError as error:
-        say(f"the contact sheet goes without the clip: {error}")
-        source = None
-    for path in write_overview(job.folder, job.config, source):
-        say(f"wrote {path}")
-
-
-def warn_unused_seeds(samples: Sequence[Sample]) -> None:
-    seeds = {sample.seed for sample in samples}
-    if len(seeds) > 1 and any(one.eta == 0 and one.num_inv_steps is not None for one in samples):
-        say(
-            "note: from the inverted clip and with eta 0 nothing is drawn at random, so every "
-            "seed gives the same video; use --eta 1 or --random-noise"
-        )
+from tav_jax.runs.render import sample_run
+from tav_jax.runs.samples import Sample, plan_samples
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -5,23 +5,19 @@ sample. The same command run again goes on from the last checkpoint.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 from tav_jax.console import command, say
 from tav_jax.errors import NotLearningError, UserError
-from tav_jax.models.unet import GradientCheckpointing
 from tav_jax.parallel import processes as distributed
 from tav_jax.parallel.processes import broadcast_from_main, is_main_process
 from tav_jax.parallel.sharding import gather_to_host, laid, on_mesh
@@ -33,54 +29,40 @@ from tav_jax.pipeline import (
 from tav_jax.pretrained.model import Model, tokenize
 from tav_jax.runs.config import (
     TuneConfig,
-    ValidationData,
     load_clips,
     load_config,
     with_absolute_paths,
 )
-from tav_jax.runs.metrics_log import Stages
+from tav_jax.runs.metrics_log import Stages, keep_metrics, log, log_stages
+from tav_jax.runs.overview import has_overview, write_overview
+from tav_jax.runs.render import write_samples
 from tav_jax.runs.run import (
     RunFolder,
     claim_folder,
     inverted_clip,
-    keep_metrics,
     load_base,
     mesh_of,
     read_clip,
     record_config,
 )
-from tav_jax.runs.samples import (
-    Frames,
-    default_sample,
-    has_overview,
-    is_done,
-    write_overview,
-    write_samples,
+from tav_jax.runs.samples import Frames, default_sample, is_done
+from tav_jax.runs.tuning import (
+    MOST_STEPS_UNSEEN,
+    STEPS_BEFORE_CHECK,
+    Programs,
+    draws_per_update,
+    fingerprint,
+    fitting_program,
+    is_validated,
+    resume,
+    step_settings,
 )
-from tav_jax.training.checkpoints import latest_step, restore_state, save_checkpoint
-from tav_jax.training.memory import Plan, Size, compile_plan, device_bytes, fitting_preset
+from tav_jax.training.checkpoints import latest_step, save_checkpoint
 from tav_jax.training.optimizer import label_params, make_lr_schedule, make_optimizer
 from tav_jax.training.train_step import (
-    TrainState,
     check_movement,
-    fingerprints,
     init_state,
 )
-from tav_jax.types import Context, Moments
-
-# Updates after which every trained group must have moved: a warm-up's first update has rate 0,
-# and the temporal attention's inner projections get no gradient before its output has moved.
-STEPS_BEFORE_CHECK = 3
-
-# Steps between two looks at the metrics, which wait for the device, are at most these and else as
-# many as are done in a second.
-MOST_STEPS_UNSEEN = 100
-
-# By what `step_settings` gives, tuning steps with the preset that fits.
-Programs = dict[TuneConfig, tuple[GradientCheckpointing, Callable]]
-
-# Jitted here, so that several clips compile it once.
-fingerprint = jax.jit(fingerprints)
 
 
 def tune(config: TuneConfig, programs: Programs | None = None) -> None:
@@ -209,51 +191,6 @@ def _tune(config: TuneConfig, programs: Programs) -> None:
                 began = time.perf_counter()
 
 
-def fitting_program(
-    config: TuneConfig, step: Any, state: TrainState, inputs: tuple[Moments, Context, Any]
-) -> tuple[GradientCheckpointing, Callable]:
-    """Returns the compiled step, with the preset that fits, of which its state is to be.
-
-    Raises:
-        ValueError: nothing that is allowed fits into memory; says what would.
-    """
-    moments, context, schedule = inputs
-    data = config.train_data
-    pixels = data.height // moments.shape[2]
-
-    def under(preset: GradientCheckpointing) -> TrainState:
-        return state._replace(unet=state.unet.with_config(gradient_checkpointing=preset))
-
-    def plan(preset: GradientCheckpointing, size: Size) -> Plan:
-        grid = size.height // pixels, size.width // pixels
-        shape = (len(moments), size.frames, *grid, moments.shape[-1])
-        as_asked = shape == moments.shape
-        clip = moments if as_asked else jax.ShapeDtypeStruct(shape, moments.dtype)
-        say(f"compiling the step for {size}, gradient_checkpointing={preset}")
-        return compile_plan(lambda: step.lower(under(preset), clip, context, schedule).compile())
-
-    wanted = config.gradient_checkpointing
-    limit = config.memory_limit_gb
-    return fitting_preset(
-        plan,
-        None if wanted == "auto" else wanted,
-        Size(data.n_sample_frames, data.height, data.width),
-        limit * 1e9 if limit else float(device_bytes()),
-    )
-
-
-def step_settings(config: TuneConfig) -> TuneConfig:
-    """Returns a config without what the tuning step's program does not depend on."""
-    return replace(
-        config,
-        output_dir="",
-        train_data=replace(config.train_data, video_path="", prompt=""),
-        validation_data=ValidationData(),
-        resume_from_checkpoint=None,
-        seed=0,
-    )
-
-
 def tune_all(configs: Sequence[TuneConfig]) -> None:
     """Runs configs one after another; those of the same shapes share one compiled step.
 
@@ -280,50 +217,6 @@ def tune_all(configs: Sequence[TuneConfig]) -> None:
             failures.append(f"{config.output_dir}: {error}")
     if failures:
         raise NotLearningError("\n".join(failures))
-
-
-def is_validated(config: TuneConfig, step: int) -> bool:
-    return step == config.max_train_steps or step % config.validation_steps == 0
-
-
-def draws_per_update(config: TuneConfig) -> int:
-    return config.gradient_accumulation_steps * config.train_batch_size
-
-
-def resume(
-    run: RunFolder, config: TuneConfig, state: TrainState, trained_names: Sequence[str]
-) -> TrainState:
-    """Returns the state to go on from: this run's newest, another run's, or the given."""
-    own = latest_step(run.checkpoints)
-    if own is not None:
-        path = run.checkpoint(own)
-    elif config.resume_from_checkpoint is not None:
-        path = Path(config.resume_from_checkpoint)
-    else:
-        return state
-    say(f"going on from {path}")
-    return restore_state(path, state, trained_names)
-
-
-def log(file: TextIO, steps: Sequence[dict], seconds: float) -> None:
-    """Writes a line a step, their mean time with each; raises NotLearningError at no number."""
-    for metrics in steps:
-        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        line = {"step": metrics["step"], "loss": loss, "grad_norm": grad_norm}
-        line |= {"lr": metrics["lr"], "seconds": round(seconds, 4)}
-        broken = [name for name, value in line.items() if not np.isfinite(value)]
-        file.write(json.dumps(line | dict.fromkeys(broken)) + "\n")  # JSON has no NaN
-        if broken:
-            raise NotLearningError(
-                f"step {line['step']}: loss {loss}, grad_norm {grad_norm}; lower learning_rate, or "
-                "mixed_precision: no, and start from the last checkpoint"
-            )
-
-
-def log_stages(file: TextIO, step: int, stages: Stages) -> None:
-    """Writes where the time went since this was last written, a line a stage."""
-    for stage, seconds in stages.taken().items():
-        file.write(json.dumps({"step": step, "stage": stage, "seconds": seconds}) + "\n")
 
 
 def validate(

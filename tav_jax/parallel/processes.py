@@ -30,8 +30,7 @@ import numpy as np
 from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
-from tav_jax.errors import UserError
-from tav_jax.parallel.last_words import translate_last_words
+from tav_jax.errors import MissingProcessError, UserError
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = EXPLICIT = (
     "TAV_JAX_COORDINATOR",
@@ -96,8 +95,6 @@ def start() -> None:
     job = read_job(os.environ)
     if job is None:
         return
-    if not os.environ.get("TAV_JAX_TRACEBACK"):
-        translate_last_words(job.num_processes, job.process_id, job.start_seconds)
     # It would catch SIGTERM, and leave it to us to end.
     jax.config.update("jax_enable_preemption_service", False)
     # JAX chooses if it gets None, by JAX_LOCAL_DEVICE_IDS first; an empty list is all one sees.
@@ -112,6 +109,10 @@ def start() -> None:
         heartbeat_timeout_seconds=job.heartbeat_seconds,
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
+    # The first collective on a CPU connects the processes by gloo, which waits 30 seconds for the
+    # last one. A slow process may load a model for longer. So all meet here and connect at once.
+    wait_for_all("start", job.start_seconds)
+    broadcast_from_main([True])
 
 
 class _Variables:
@@ -212,7 +213,7 @@ def wait_for_all(name: str, seconds: float) -> None:
     """Returns once all processes have called this with that name.
 
     Raises:
-        TimeoutError: some have not, in that time.
+        MissingProcessError: some have not, in that time.
     """
     client = global_state.client  # which JAX shows nowhere; Orbax takes it from here, too
     if client is None:
@@ -222,7 +223,7 @@ def wait_for_all(name: str, seconds: float) -> None:
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
-        raise UserError(
+        raise MissingProcessError(
             f"{name}: after {seconds:g} seconds not all of {global_state.num_processes} "
             "processes are there; see what the others say"
         ) from None

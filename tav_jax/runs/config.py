@@ -1,11 +1,10 @@
 """A run's settings: frozen dataclasses <-> YAML, with the keys of the original release."""
 
-import difflib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -16,14 +15,13 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    TypeAdapter,
-    ValidationError,
 )
 from pydantic.dataclasses import dataclass
 
 from tav_jax.diffusion.samplers import SamplerName, check_eta
-from tav_jax.errors import MissingFileError, UserError
+from tav_jax.errors import UserError
 from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
+from tav_jax.settings import flatten, merge_trees, override, parse, read_tree, read_yaml, to_plain
 from tav_jax.training.optimizer import TRAINABLE_MODULES, LRScheduler
 
 SIZE_FACTOR = 8  # sides must be multiples of it, as the published pipeline demands
@@ -34,7 +32,6 @@ MEANINGLESS_KEYS = {
     "enable_xformers_memory_efficient_attention": "see the key attention, which chooses by itself",
 }
 
-T = TypeVar("T")
 
 _strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 Size = Annotated[int, Field(gt=0, multiple_of=SIZE_FACTOR)]
@@ -224,12 +221,12 @@ def load_clips(
             named like the video.
     """
     common = read_tree(path, overrides)
-    items = _read_yaml(Path(clips), "--clips")
+    items = read_yaml(Path(clips), "--clips")
     if not (isinstance(items, list) and items and all(isinstance(one, dict) for one in items)):
         raise UserError(f"{clips}: expected a list of keys and values, an item a clip")
     configs, notes, problems = [], [], []
     for number, item in enumerate(items, 1):
-        tree = _over(common, item)
+        tree = merge_trees(common, item)
         if "output_dir" not in item and "output_dir" in common:
             video = str(tree.get("train_data", {}).get("video_path", number))
             tree["output_dir"] = str(Path(common["output_dir"]) / Path(video).stem)
@@ -251,16 +248,6 @@ def load_clips(
     return configs, list(dict.fromkeys(notes))
 
 
-def _over(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Returns a tree with another's values put over it, section by section."""
-    merged = dict(tree)
-    for key, value in changes.items():
-        if isinstance(old := merged.get(key), dict) and isinstance(value, dict):
-            value = _over(old, value)
-        merged[key] = value
-    return merged
-
-
 def _config_and_notes(tree: dict[str, Any], where: str) -> tuple[TuneConfig, list[str]]:
     notes = [
         f"{key}: has no effect here: {reason}"
@@ -273,52 +260,9 @@ def _config_and_notes(tree: dict[str, Any], where: str) -> tuple[TuneConfig, lis
     return config, notes
 
 
-def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns a YAML file's keys and values; raises as `load_config` does, before any checks."""
-    tree = _read_yaml(Path(path), "--config")
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected keys and values, as in configs/man-skiing.yaml")
-    return override(tree, overrides)
-
-
-def _read_yaml(path: Path, option: str) -> Any:
-    if not path.is_file():
-        raise MissingFileError(f"{option}: no such file {path}")
-    try:
-        return yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-
-
-def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Returns the tree with each `key=value` put into it.
-
-    Raises:
-        ValueError: some are not of that form; all are listed.
-    """
-    problems = [problem for each in overrides if (problem := _set(tree, each))]
-    if problems:
-        raise UserError("\n".join(problems))
-    return tree
-
-
 def parse_config(tree: dict[str, Any], where: str = "config") -> TuneConfig:
     """Returns settings from nested dictionaries; raises as `load_config` does."""
     return parse(TuneConfig, tree, where)
-
-
-def parse(settings: type[T], tree: dict[str, Any], where: str) -> T:
-    """Returns a pydantic dataclass from nested dictionaries.
-
-    Raises:
-        ValueError: keys or values are wrong; all are listed.
-    """
-    try:
-        return TypeAdapter(settings).validate_python(tree)
-    except ValidationError as error:
-        known = list(_known_keys(settings))
-        lines = [f"  {_explain(problem, known)}" for problem in error.errors()]
-        raise UserError(f"{where}:\n" + "\n".join(sorted(lines))) from None
 
 
 def parse_mesh(text: str) -> MeshSizes:
@@ -345,70 +289,14 @@ def with_absolute_paths(config: TuneConfig) -> TuneConfig:
 
 def dump_config(config: TuneConfig) -> str:
     """Returns the YAML that `load_config` reads back to the same settings."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(to_plain(asdict(config)), sort_keys=False, allow_unicode=True)
 
 
 def differences(ours: TuneConfig, theirs: TuneConfig) -> list[str]:
     """Returns the keys in which two runs differ, with both values, but for `EXECUTION_KEYS`."""
-    mine, other = _flatten(asdict(ours)), _flatten(asdict(theirs))
+    mine, other = flatten(asdict(ours)), flatten(asdict(theirs))
     return [
         f"{key}: {other[key]!r} there, {value!r} here"
         for key, value in mine.items()
         if value != other[key] and key not in EXECUTION_KEYS
     ]
-
-
-def _set(tree: dict[str, Any], override: str) -> str | None:
-    """Puts one `key=value` into a tree, or says why it cannot."""
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        return f"'{override}': expected key=value, as in max_train_steps=300"
-    *path, leaf = key.split(".")
-    for part in path:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            return f"'{override}': '{part}' holds a value, not keys"
-    try:
-        tree[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        return f"'{override}': not a YAML value: {' '.join(str(error).split())}"
-    return None
-
-
-def _explain(problem: Any, known: Sequence[str]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "unexpected_keyword_argument":
-        by_name = {path.split(".")[-1]: path for path in known}
-        name = str(problem["loc"][-1])
-        # The right name in the wrong section; misspelt there; misspelt elsewhere.
-        near = [by_name[name]] if name in by_name else []
-        near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        near = near or [by_name[n] for n in difflib.get_close_matches(name, by_name, 1, 0.5)]
-        hint = f"did you mean {near[0]}?" if near else "configs/ shows the keys there are"
-        return f"{key}: unknown key; {hint}"
-    if problem["type"] == "missing":
-        return f"{key}: missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (got {problem['input']!r})" if key else message
-
-
-def _known_keys(settings: Any, start: str = "") -> Iterator[str]:
-    """Yields every key with its full path."""
-    for field in fields(settings):
-        yield f"{start}{field.name}"
-        if is_dataclass(field.type):
-            yield from _known_keys(field.type, f"{start}{field.name}.")
-
-
-def _flatten(tree: dict[str, Any], start: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{start}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value

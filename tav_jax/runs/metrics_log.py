@@ -1,8 +1,16 @@
 """Where the time of a run goes."""
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from tav_jax.errors import NotLearningError
+from tav_jax.files import atomic_write
 
 
 class Stages:
@@ -31,3 +39,33 @@ class Stages:
         seconds = {name: round(value, 4) for name, value in self.seconds.items()}
         self.seconds = {}
         return seconds
+
+
+def keep_metrics(metrics: Path, steps: int) -> None:
+    """Drops the lines of steps that no checkpoint holds: they will be written again."""
+    if metrics.is_file():
+        lines = metrics.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
+        with atomic_write(metrics) as path:
+            path.write_text("".join(kept))
+
+
+def log(file: TextIO, steps: Sequence[dict], seconds: float) -> None:
+    """Writes a line a step, their mean time with each; raises NotLearningError at no number."""
+    for metrics in steps:
+        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        line = {"step": metrics["step"], "loss": loss, "grad_norm": grad_norm}
+        line |= {"lr": metrics["lr"], "seconds": round(seconds, 4)}
+        broken = [name for name, value in line.items() if not np.isfinite(value)]
+        file.write(json.dumps(line | dict.fromkeys(broken)) + "\n")  # JSON has no NaN
+        if broken:
+            raise NotLearningError(
+                f"step {line['step']}: loss {loss}, grad_norm {grad_norm}; lower learning_rate, or "
+                "mixed_precision: no, and start from the last checkpoint"
+            )
+
+
+def log_stages(file: TextIO, step: int, stages: Stages) -> None:
+    """Writes where the time went since this was last written, a line a stage."""
+    for stage, seconds in stages.taken().items():
+        file.write(json.dumps({"step": step, "stage": stage, "seconds": seconds}) + "\n")

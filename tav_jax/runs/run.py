@@ -1,6 +1,5 @@
 """The folder of a run: what is where, and what it was made with."""
 
-import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -44,15 +43,6 @@ class RunFolder:
 
     def samples(self, step: int) -> Path:
         return self.folder / "samples" / f"sample-{step}"
-
-
-def keep_metrics(metrics: Path, steps: int) -> None:
-    """Drops the lines of steps that no checkpoint holds: they will be written again."""
-    if metrics.is_file():
-        lines = metrics.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
-        with atomic_write(metrics) as path:
-            path.write_text("".join(kept))
 
 
 def claim_folder(config: TuneConfig) -> RunFolder:

@@ -40,7 +40,7 @@ from tav_jax.pipeline import (
 )
 from tav_jax.pretrained.model import Model, load_model
 from tav_jax.pretrained.weights import TEMPORAL
-from tav_jax.runs.config import parse, read_tree
+from tav_jax.settings import parse, read_tree
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
 from tav_jax.training.train_step import init_state
 from tav_jax.video.sheets import contact_sheet

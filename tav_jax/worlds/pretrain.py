@@ -33,8 +33,8 @@ from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import AutoencoderKL, sample_posterior
 from tav_jax.pretrained import configs as published_config
 from tav_jax.pretrained.model import Model, save_model
-from tav_jax.runs.config import override, parse
-from tav_jax.runs.run import keep_metrics
+from tav_jax.runs.metrics_log import keep_metrics
+from tav_jax.settings import override, parse
 from tav_jax.training.checkpoints import latest_step, restore_item, save_items
 from tav_jax.training.train_step import NoisedBatch, denoising_loss
 from tav_jax.types import Moments, Params, PixelValues, PRNGKey, Scalar

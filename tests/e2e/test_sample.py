@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-import tav_jax.runs.samples
+import tav_jax.runs.render
 from tav_jax import sample
 from tav_jax.video.read import read_frames
 
@@ -35,8 +35,8 @@ def frames_of(monkeypatch):
         written[path.name] = frames
         real(path, frames, fps=fps)
 
-    real = tav_jax.runs.samples.write_video
-    monkeypatch.setattr(tav_jax.runs.samples, "write_video", remember)
+    real = tav_jax.runs.render.write_video
+    monkeypatch.setattr(tav_jax.runs.render, "write_video", remember)
     return written
 
 
@@ -174,7 +174,7 @@ def test_a_video_is_never_paired_with_the_settings_of_another(run_copy, cli, mon
     def kill(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tav_jax.runs.samples, "write_video", kill)
+    monkeypatch.setattr(tav_jax.runs.render, "write_video", kill)
     command = ("--run", run_copy, "--prompt", "a cat", "--negative-prompt", "dark")
     assert cli(sample, *command, "--overwrite").status == 130
     monkeypatch.undo()

@@ -1,8 +1,7 @@
-"""What the environment says of a job of several processes, and what is made of its last words."""
+"""What the environment says of a job of several processes."""
 
 import pytest
 
-from tav_jax.parallel.last_words import LastWords
 from tav_jax.parallel.processes import Job, read_job
 
 SLURM = {
@@ -124,65 +123,3 @@ def test_an_incomplete_job_is_refused_with_all_that_is_wrong(environment, proble
     assert len(lines) == len(problems)
     for line, problem in zip(lines, problems, strict=True):
         assert line.startswith(problem)
-
-
-# As JAX 0.10 to 0.12 print them; 0.12 adds where in its source that was.
-WARNING = (
-    "W1123 01:58:25.259658   13678 preemption_sync_manager.cc:147] Failed to retrieve preemption "
-    "notice from coordination service: UNAVAILABLE: Socket closed\n"
-    "Additional GRPC error information from remote target coordination_service\n"
-)
-FATAL = (
-    "F1123 01:58:21.991292   13608 client.h:86] Terminating process because the JAX distributed "
-    "service detected fatal errors. This most likely indicates that another died; absl::Status: "
-)
-STACK = "*** Check failure stack trace: ***\n    @     0x7f7e2e8f81b4  absl::Flush()\n"
-OTHERS = "I1123 01:58:20.000000   13608 nccl.cc:12] NCCL version 2.27\nplain text\n"
-
-
-def test_what_others_say_is_passed_on_at_once():
-    words = LastWords(2, 0, 300)
-    assert words.hear(OTHERS) == OTHERS
-    assert words.release() == ""
-
-
-def test_a_warning_that_nothing_follows_is_passed_on_later():
-    words = LastWords(2, 0, 300)
-    assert words.hear(WARNING + OTHERS) == OTHERS
-    assert words.release() == WARNING
-    assert words.hear("plain text\n") == "plain text\n"
-
-
-@pytest.mark.parametrize(
-    ("status", "meaning"),
-    [
-        pytest.param(
-            "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1\n3\n"
-            "The tasks have crashed.\n",
-            "process 2 of 4 ends, since process 1 and 3 of 4 is gone; run",
-            id="some are gone",
-        ),
-        pytest.param(
-            "UNAVAILABLE: Failed to send RPC to coordination service. Either the leader task was\n",
-            "process 2 of 4 ends, since process 0 of 4 is gone; run",
-            id="process 0 is gone",
-        ),
-        pytest.param(
-            "INTERNAL: Shutdown barrier has failed.\n",
-            "process 2 of 4 ends, since others have not come to the end of the run; run",
-            id="some go on for ever",
-        ),
-        pytest.param(
-            "INTERNAL: something\nof a later JAX\n",
-            "INTERNAL: something of a later JAX; run",
-            id="anything else",
-        ),
-    ],
-)
-def test_last_words_become_one_line(status, meaning):
-    words = LastWords(4, 2, 300)
-    assert words.hear(WARNING + FATAL + status + STACK) == ""
-    line = words.release()
-    assert line.startswith("error: ")
-    assert meaning in line
-    assert line.index("\n") == len(line) - 1

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tav_jax.runs.config import load_config, parse, read_tree
+from tav_jax.runs.config import load_config
+from tav_jax.settings import parse, read_tree
 from tav_jax.worlds.experiments import Experiment
 
 ROOT = Path(__file__).parents[2]

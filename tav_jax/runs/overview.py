@@ -1,0 +1,89 @@
+"""The overview of a folder of samples: a contact sheet, and videos side by side."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from tav_jax.console import say
+from tav_jax.errors import UserError
+from tav_jax.runs.config import TuneConfig
+from tav_jax.runs.run import read_clip
+from tav_jax.runs.samples import BESIDE, SHEET, Frames, Job, Sample, sample_size
+from tav_jax.video.read import read_frames
+from tav_jax.video.sheets import contact_sheet, enlarge, side_by_side
+from tav_jax.video.write import write_image, write_video
+
+ROWS_OF_SHEET = 24
+
+VIDEOS_BESIDE = 4
+
+GIF_WIDTH = 1600  # beyond it a GIF has tens of megabytes
+
+TINY, LEAST_SIDE = 64, 256  # pixels
+
+
+def shown(video: Frames) -> UInt8[np.ndarray, "f H2 W2 3"]:
+    """Returns a video as it is written: tiny ones enlarged.
+
+    Players show 32 pixels as a speck, and an mp4 has colours for every second pixel only.
+    """
+    return enlarge(video, LEAST_SIDE) if min(video.shape[1:3]) < TINY else video
+
+
+def sheet_of(folder: Path) -> Path:
+    return folder / f"{SHEET}.png"
+
+
+def has_overview(folder: Path) -> bool:
+    """Tells whether a folder has a contact sheet that is newer than each of its samples."""
+    sheet = sheet_of(folder)
+    return sheet.is_file() and all(
+        video.stat().st_mtime_ns < sheet.stat().st_mtime_ns
+        for video in (*folder.glob("[!.]*.mp4"), *folder.glob("[!.]*.gif"))
+        if video.stem != BESIDE
+    )
+
+
+def write_overview(folder: Path, config: TuneConfig, source: Frames | None) -> list[Path]:
+    """Returns the paths of a contact sheet and of videos side by side, of a folder's samples.
+
+    They show the clip first and then the newest samples of the folder, whoever wrote them.
+    """
+    frames, height, width = sample_size(config)
+    suffix = config.validation_data.video_format
+    rows: dict[str, Frames] = {}
+    if source is not None and source.shape == (frames, height, width, 3):
+        rows[f"source: {config.train_data.prompt}"] = source
+    records = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    for record in records[-ROWS_OF_SHEET:]:
+        if (video := record.with_suffix(f".{suffix}")).is_file():
+            sample = Sample(**json.loads(record.read_text()))
+            label = sample.prompt + (f" (seed {sample.seed})" if sample.name_seed else "")
+            rows[label] = read_frames(video, n_sample_frames=frames, width=width, height=height)
+    if not rows:
+        return []
+    joined = side_by_side(*(shown(video) for video in list(rows.values())[: 1 + VIDEOS_BESIDE]))
+    # Where it stays small, a GIF as well: web pages and slides play those by themselves.
+    suffixes = dict.fromkeys([suffix, "gif"] if joined.shape[2] <= GIF_WIDTH else [suffix])
+    videos = [folder / f"{BESIDE}.{suffix}" for suffix in suffixes]
+    for path in videos:
+        write_video(path, joined, fps=config.validation_data.fps)
+    # Last, since the folder has its overview once this is there.
+    sheet = sheet_of(folder)
+    write_image(sheet, contact_sheet(rows))
+    return [sheet, *videos]
+
+
+def renew_overview(job: Job) -> None:
+    """Writes the overview of a job's folder unless it is newer than what it shows."""
+    if has_overview(job.folder):
+        return
+    try:
+        source = read_clip(job.config)
+    except UserError as error:
+        say(f"the contact sheet goes without the clip: {error}")
+        source = None
+    for path in write_overview(job.folder, job.config, source):
+        say(f"wrote {path}")

@@ -1,0 +1,126 @@
+"""YAML and `key=value` overrides to typed settings; messages name the nearest key."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import (
+    TypeAdapter,
+    ValidationError,
+)
+
+from tav_jax.errors import MissingFileError, UserError
+
+T = TypeVar("T")
+
+
+def merge_trees(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns a tree with another's values put over it, section by section."""
+    merged = dict(tree)
+    for key, value in changes.items():
+        if isinstance(old := merged.get(key), dict) and isinstance(value, dict):
+            value = merge_trees(old, value)
+        merged[key] = value
+    return merged
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns a YAML file's keys and values; raises as `load_config` does, before any checks."""
+    tree = read_yaml(Path(path), "--config")
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected keys and values, as in configs/man-skiing.yaml")
+    return override(tree, overrides)
+
+
+def read_yaml(path: Path, option: str) -> Any:
+    if not path.is_file():
+        raise MissingFileError(f"{option}: no such file {path}")
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns the tree with each `key=value` put into it.
+
+    Raises:
+        ValueError: some are not of that form; all are listed.
+    """
+    problems = [problem for each in overrides if (problem := _set(tree, each))]
+    if problems:
+        raise UserError("\n".join(problems))
+    return tree
+
+
+def parse(settings: type[T], tree: dict[str, Any], where: str) -> T:
+    """Returns a pydantic dataclass from nested dictionaries.
+
+    Raises:
+        ValueError: keys or values are wrong; all are listed.
+    """
+    try:
+        return TypeAdapter(settings).validate_python(tree)
+    except ValidationError as error:
+        known = list(_known_keys(settings))
+        lines = [f"  {_explain(problem, known)}" for problem in error.errors()]
+        raise UserError(f"{where}:\n" + "\n".join(sorted(lines))) from None
+
+
+def _set(tree: dict[str, Any], override: str) -> str | None:
+    """Puts one `key=value` into a tree, or says why it cannot."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        return f"'{override}': expected key=value, as in max_train_steps=300"
+    *path, leaf = key.split(".")
+    for part in path:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            return f"'{override}': '{part}' holds a value, not keys"
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        return f"'{override}': not a YAML value: {' '.join(str(error).split())}"
+    return None
+
+
+def _explain(problem: Any, known: Sequence[str]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "unexpected_keyword_argument":
+        by_name = {path.split(".")[-1]: path for path in known}
+        name = str(problem["loc"][-1])
+        # The right name in the wrong section; misspelt there; misspelt elsewhere.
+        near = [by_name[name]] if name in by_name else []
+        near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        near = near or [by_name[n] for n in difflib.get_close_matches(name, by_name, 1, 0.5)]
+        hint = f"did you mean {near[0]}?" if near else "configs/ shows the keys there are"
+        return f"{key}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{key}: missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (got {problem['input']!r})" if key else message
+
+
+def _known_keys(settings: Any, start: str = "") -> Iterator[str]:
+    """Yields every key with its full path."""
+    for field in fields(settings):
+        yield f"{start}{field.name}"
+        if is_dataclass(field.type):
+            yield from _known_keys(field.type, f"{start}{field.name}.")
+
+
+def flatten(tree: dict[str, Any], start: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{start}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def to_plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
