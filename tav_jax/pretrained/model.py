@@ -1,16 +1,16 @@
 """A Stable Diffusion folder, or Hub id, -> one Model value; a tuned U-Net back to a folder."""
 
 import json
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import Int32
-from transformers import CLIPTokenizer
 
 from tav_jax.diffusion.schedule import NoiseSchedule
 from tav_jax.errors import MissingFileError, UserError
@@ -26,12 +26,15 @@ from tav_jax.types import PRNGKey
 
 CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
 
 @dataclass(frozen=True)
 class Model:
     """A text-to-video model: three networks with their parameters, a tokenizer and a schedule."""
 
-    tokenizer: CLIPTokenizer
+    tokenizer: "CLIPTokenizer"
     text_encoder: Network[CLIPTextModel]
     vae: Network[AutoencoderKL]
     unet: Network[UNet3DConditionModel]
@@ -110,13 +113,24 @@ def load_model(
     return model.with_unet(unet)
 
 
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Returns CLIP's byte-pair tokenizer from its vocabulary files."""
+def load_tokenizer(folder: Path) -> Any:
+    """Return CLIP's byte-pair tokenizer, a `transformers.CLIPTokenizer`, from its vocabulary."""
     # Without these transformers makes up a vocabulary of two words and says nothing.
     names = {path.name for path in folder.iterdir()}
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         raise MissingFileError(f"{folder}: no vocab.json with merges.txt, nor tokenizer.json")
+    # transformers says at its import that PyTorch is missing, which only its models would need.
+    logger = logging.getLogger("transformers")
+    logger.addFilter(_is_not_about_pytorch)
+    try:
+        from transformers import CLIPTokenizer
+    finally:
+        logger.removeFilter(_is_not_about_pytorch)
     return CLIPTokenizer.from_pretrained(folder)
+
+
+def _is_not_about_pytorch(record: logging.LogRecord) -> bool:
+    return "PyTorch was not found" not in record.getMessage()
 
 
 def load_text_encoder(
