@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from tav_jax.console import command, say
+from tav_jax.console import command, raise_if_interrupted, say
 from tav_jax.errors import NotLearningError, UserError
 from tav_jax.parallel import processes as distributed
 from tav_jax.parallel.processes import broadcast_from_main, is_main_process
@@ -172,6 +172,7 @@ def _tune(config: TuneConfig, programs: Programs) -> None:
                 if not pause and len(unseen) < unseen_at_most:
                     continue
                 jax.block_until_ready(metrics)
+                raise_if_interrupted()
                 stages.add("tune", time.perf_counter() - began)
                 seconds = (time.perf_counter() - began) / len(unseen)
                 log(metrics_file, unseen, seconds)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from tav_jax.console import say
+from tav_jax.console import raise_if_interrupted, say
 from tav_jax.files import atomic_write
 from tav_jax.parallel.processes import broadcast_from_main, is_main_process
 from tav_jax.parallel.sharding import gather_to_host, on_mesh
@@ -43,6 +43,7 @@ def write_samples(
     for group in group_by_batch_key(samples):
         size = min(batch_size, len(group))
         for start in range(0, len(group), size):
+            raise_if_interrupted()
             batch = group[start : start + size]
             yield from write_batch(model, config, batch, inverted, folder, stages, size=size)
 
