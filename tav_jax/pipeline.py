@@ -31,6 +31,7 @@ from tav_jax.errors import UserError
 from tav_jax.models.network import Network
 from tav_jax.parallel.sharding import denoiser, gather_to_host, laid, over_frames, videos
 from tav_jax.pretrained.model import Model, tokenize
+from tav_jax.progress import progress_bar
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
 from tav_jax.training.train_step import TrainState, init_state, train_step
 from tav_jax.types import Context, Latents, Moments, PixelValues, PRNGKey, Scalar
@@ -89,11 +90,6 @@ SAMPLERS: dict[str, tuple[Callable[..., Sampler], Callable]] = {
 }
 
 
-def _hidden(progress: bool) -> bool | None:
-    """Returns tqdm's `disable`: None shows a bar to a terminal and keeps it out of log files."""
-    return None if progress else True
-
-
 def _run(
     description: str,
     loop: Callable,
@@ -107,11 +103,11 @@ def _run(
     # The loop donates its state, and the latents belong to the caller.
     state = _copy(sampler.init(latents), unet)
     num_steps = sampler.num_steps
-    with tqdm(
-        total=num_steps, desc=description, disable=_hidden(progress), leave=False, miniters=1
-    ) as bar:
-        parts = 1 if bar.disable else min(PARTS, num_steps)
-        bounds = [num_steps * part // parts for part in range(parts + 1)]
+    if not progress:
+        return sampler.latents(loop(state, 0, num_steps, unet, *inputs, num_steps=num_steps))
+    parts = min(PARTS, num_steps)
+    bounds = [num_steps * part // parts for part in range(parts + 1)]
+    with progress_bar(description, total=num_steps, leave=False) as bar:
         for start, stop in pairwise(bounds):
             state = loop(state, start, stop, unet, *inputs, num_steps=num_steps)
             jax.block_until_ready(state)
@@ -277,7 +273,8 @@ def tune_clip(
     unet = jax.tree.map(jnp.copy, model.unet)
     state = laid(init_state(unet, optimizer, jax.random.key(0) if key is None else key))
     moments, context = encode_frames(model, frames), encode_prompts(model, [prompt])
-    for _ in tqdm(range(max_train_steps), desc="tuning", disable=_hidden(progress)):
+    # A bar in a terminal alone: a log file is not what a library call writes to.
+    for _ in tqdm(range(max_train_steps), desc="tuning", disable=None if progress else True):
         state, _ = step(state, moments, context, model.schedule)
     return model.with_unet(state.unet)
 

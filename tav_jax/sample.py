@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         overwrite=args.overwrite,
     )
     if args.mesh:
-        job = replace(job, config=replace(job.config, mesh=parse_mesh(args.mesh)))
+        job.run.config = replace(job.run.config, mesh=parse_mesh(args.mesh))
     sample_run(job, batch_size=args.batch_size)
 
 

@@ -1,209 +1,76 @@
-"""python -m tav_jax.tune: one clip and its caption -> a tuned model and edited videos.
+"""python -m tav_jax.tune: tune a model on one captioned clip and sample edits of it.
 
-The story, top to bottom: check everything, encode clip and caption once, then step, log, save and
-sample. The same command run again goes on from the last checkpoint.
+The same command run again resumes from the last checkpoint.
 """
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-from tqdm import tqdm
-
-from tav_jax.console import command, raise_if_interrupted, say
+from tav_jax.console import command, say
 from tav_jax.errors import NotLearningError, UserError
 from tav_jax.parallel import processes as distributed
-from tav_jax.parallel.processes import broadcast_from_main, is_main_process
-from tav_jax.parallel.sharding import gather_to_host, laid, on_mesh
-from tav_jax.pipeline import (
-    compile_train_step,
-    encode_frames,
-    encode_prompts,
-)
-from tav_jax.pretrained.model import Model, tokenize
-from tav_jax.runs.config import (
-    TuneConfig,
-    load_clips,
-    load_config,
-    with_absolute_paths,
-)
-from tav_jax.runs.metrics_log import Stages, keep_metrics, log, log_stages
-from tav_jax.runs.overview import has_overview, write_overview
-from tav_jax.runs.render import write_samples
-from tav_jax.runs.run import (
-    RunFolder,
-    claim_folder,
-    inverted_clip,
-    load_base,
-    mesh_of,
-    read_clip,
-    record_config,
-)
-from tav_jax.runs.samples import Frames, default_sample, is_done
-from tav_jax.runs.tuning import (
-    MOST_STEPS_UNSEEN,
-    STEPS_BEFORE_CHECK,
-    Programs,
-    draws_per_update,
-    fingerprint,
-    fitting_program,
-    is_validated,
-    resume,
-    step_settings,
-)
-from tav_jax.training.checkpoints import latest_step, save_checkpoint
-from tav_jax.training.optimizer import label_params, make_lr_schedule, make_optimizer
-from tav_jax.training.train_step import (
-    check_movement,
-    init_state,
-)
+from tav_jax.parallel.sharding import on_mesh
+from tav_jax.runs.config import TuneConfig, load_clips, load_config, with_absolute_paths
+from tav_jax.runs.render import render
+from tav_jax.runs.run import Run
+from tav_jax.runs.samples import default_sample, is_done
+from tav_jax.runs.tuning import Programs, Tuning, fit, is_validated, prepare
 
 
 def tune(config: TuneConfig, programs: Programs | None = None) -> None:
-    """Runs one config from wherever it stands to its end.
+    """Run one config from wherever it stands to its end.
 
     Args:
-        programs: Tuning steps compiled before, which a run of the same shapes takes, and to which
-            it adds its own.
+        config: The run's settings.
+        programs: Train steps that earlier runs have compiled; this run's step is added.
     """
-    config = with_absolute_paths(config)
-    mesh = mesh_of(config)
+    run = Run.create(with_absolute_paths(config))
+    mesh = run.mesh()
     if mesh.size > 1:
         say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
     with on_mesh(mesh):
-        _tune(config, {} if programs is None else programs)
+        tuning = prepare(run, {} if programs is None else programs)
+        run.record_config()
+        start, end = tuning.start, tuning.end
+        if start and is_validated(run.config, start):
+            # A run that was stopped between a checkpoint and its samples still owes them.
+            validate(tuning, start)
+        if start >= end:
+            say(f"{run.folder}: done, {start} of {end} steps")
+            return
+        count = sum(tuning.state.unet.params[name].size for name in tuning.trained_names)
+        frames = len(run.clip())
+        say(f"tuning {count:,} parameters on {frames} frames, steps {start + 1} to {end}")
+        with closing(fit(tuning)) as steps:
+            for step in steps:
+                validate(tuning, step)
 
 
-def _tune(config: TuneConfig, programs: Programs) -> None:
-    stages = Stages()
-    run = claim_folder(config)
-    with stages("read"):
-        frames = read_clip(config)
-    with stages("load"):
-        model = load_base(config)
-    labels = label_params(model.unet.params, config.trainable_modules)
-    trained_names = [name for name, label in labels.items() if label == "train"]
-    tokenize(model, [config.train_data.prompt, *config.validation_data.prompts])  # warns early
-
-    learning_rate = make_lr_schedule(
-        config.lr_scheduler,
-        config.learning_rate * (draws_per_update(config) if config.scale_lr else 1),
-        warmup_steps=config.lr_warmup_steps,
-        total_steps=config.max_train_steps,
-    )
-    optimizer = make_optimizer(
-        labels,
-        learning_rate,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        adam_epsilon=config.adam_epsilon,
-        adam_weight_decay=config.adam_weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
-    state = laid(init_state(model.unet, optimizer, jax.random.key(config.seed)))
-    state = resume(run, config, state, trained_names)
-    start, end = int(state.step), config.max_train_steps
-    if start >= end and latest_step(run.checkpoints) is None:
-        raise UserError(
-            f"resume_from_checkpoint: {config.resume_from_checkpoint} has step {start} already; "
-            f"max_train_steps is {end}, set it higher"
-        )
-    if start < end:
-        with stages("encode"):
-            moments = encode_frames(model, frames)
-            context = encode_prompts(model, [config.train_data.prompt])
-            moments, context = jax.block_until_ready(
-                tuple(
-                    jnp.repeat(one, config.train_batch_size, axis=0) for one in (moments, context)
-                )
-            )
-        # Nothing of these is needed in the steps: they wait in the host's memory.
-        model = replace(
-            model, vae=gather_to_host(model.vae), text_encoder=gather_to_host(model.text_encoder)
-        )
-        step_fn = compile_train_step(
-            model.vae.config.scaling_factor,
-            optimizer=optimizer,
-            labels=labels,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-        )
-        inputs = moments, context, model.schedule
-        with stages("compile"):
-            alike = step_settings(config)
-            if alike not in programs:
-                programs[alike] = fitting_program(config, step_fn, state, inputs)
-            preset, program = programs[alike]
-            state = state._replace(unet=state.unet.with_config(gradient_checkpointing=preset))
-    record_config(run, config)
-    if start and is_validated(config, start):
-        # A run that was stopped between a checkpoint and its samples still owes them.
-        validate(run, config, model.with_unet(state.unet), start, frames, stages)
-    if start >= end:
-        say(f"{run.folder}: done, {start} of {end} steps")
-        return
-
-    if is_main_process():
-        keep_metrics(run.metrics, start)
-    written = run.metrics if is_main_process() else Path(os.devnull)
-    with written.open("a", buffering=1) as metrics_file:
-        before = fingerprint(state.unet.params)
-        check_at = min(start + STEPS_BEFORE_CHECK, end)
-
-        count = sum(state.unet.params[name].size for name in trained_names)
-        say(f"tuning {count:,} parameters on {len(frames)} frames, steps {start + 1} to {end}")
-        # A log file gets a line now and then, a terminal a moving bar.
-        interval = 0.1 if sys.stderr.isatty() else 30.0
-        unseen: list[dict] = []
-        unseen_at_most, began = 1, time.perf_counter()
-        with tqdm(
-            desc="tuning", initial=start, total=end, mininterval=interval, miniters=1
-        ) as progress:
-            for step in range(start + 1, end + 1):
-                state, metrics = program(state, *inputs)
-                unseen.append(metrics | {"step": step, "lr": float(learning_rate(step - 1))})
-                checkpointed = step == end or step % config.checkpointing_steps == 0
-                pause = step == check_at or checkpointed or is_validated(config, step)
-                if not pause and len(unseen) < unseen_at_most:
-                    continue
-                jax.block_until_ready(metrics)
-                raise_if_interrupted()
-                stages.add("tune", time.perf_counter() - began)
-                seconds = (time.perf_counter() - began) / len(unseen)
-                log(metrics_file, unseen, seconds)
-                progress.update(len(unseen))
-                unseen, unseen_at_most = [], max(1, min(MOST_STEPS_UNSEEN, int(1 / seconds)))
-                if step == check_at:
-                    after = fingerprint(state.unet.params)
-                    check_movement(before, after, labels, config.trainable_modules)
-                if checkpointed:
-                    with stages("checkpoint"):
-                        save_checkpoint(run.checkpoints, state, trained_names)
-                    say(f"wrote {run.checkpoint(step)}")
-                if is_validated(config, step):
-                    validate(run, config, model.with_unet(state.unet), step, frames, stages)
-                if pause:
-                    log_stages(metrics_file, step, stages)
-                began = time.perf_counter()
+def validate(tuning: Tuning, step: int) -> None:
+    """Sample the validation prompts that are not there yet, with the model as it is now."""
+    run = tuning.run
+    default, folder = default_sample(run.config, step), run.samples(step)
+    samples = [replace(default, prompt=prompt) for prompt in run.config.validation_data.prompts]
+    is_wanted = [
+        not is_done(sample, folder, run.config.validation_data.video_format) for sample in samples
+    ]
+    render(run, folder, samples, is_wanted, tuning.tuned_model, tuning.stages)
 
 
 def tune_all(configs: Sequence[TuneConfig]) -> None:
-    """Runs configs one after another; those of the same shapes share one compiled step.
+    """Run configs one after another; runs of the same shapes share one compiled step.
 
     Raises:
-        ValueError: some cannot begin, in which case none does; lists all.
+        UserError: some cannot begin, so that none does; lists all.
         NotLearningError: some have not learnt; the others are done.
     """
     problems = []
     for config in configs:
         try:
-            claim_folder(with_absolute_paths(config))
-            read_clip(config)
+            Run.create(with_absolute_paths(config)).clip()
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -218,34 +85,6 @@ def tune_all(configs: Sequence[TuneConfig]) -> None:
             failures.append(f"{config.output_dir}: {error}")
     if failures:
         raise NotLearningError("\n".join(failures))
-
-
-def validate(
-    run: RunFolder, config: TuneConfig, model: Model, step: int, source: Frames, stages: Stages
-) -> None:
-    """Samples the validation prompts with the model as it is now."""
-    default = default_sample(config, step)
-    folder, suffix = run.samples(step), config.validation_data.video_format
-    samples = [replace(default, prompt=prompt) for prompt in config.validation_data.prompts]
-    done = broadcast_from_main([is_done(sample, folder, suffix) for sample in samples])
-    samples = [sample for sample, is_there in zip(samples, done, strict=True) if not is_there]
-    if not samples and (has_overview(folder) or not config.validation_data.prompts):
-        return
-    paths = write_samples(
-        model,
-        config,
-        samples,
-        lambda num_inv_steps: inverted_clip(run, config, model, step, num_inv_steps),
-        folder,
-        stages,
-    )
-    for path in paths:
-        say(f"wrote {path}")
-    if is_main_process():
-        with stages("write"):
-            overview = write_overview(folder, config, source)
-        for path in overview:
-            say(f"wrote {path}")
 
 
 @command

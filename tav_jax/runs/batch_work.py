@@ -28,7 +28,6 @@ from tav_jax.parallel.sharding import on_mesh
 from tav_jax.runs.metrics_log import Stages
 from tav_jax.runs.overview import has_overview, renew_overview, sheet_of
 from tav_jax.runs.render import write_batch
-from tav_jax.runs.run import inverted_clip, load_tuned, mesh_of
 from tav_jax.runs.samples import Job, Sample, group_by_batch_key
 
 
@@ -50,10 +49,10 @@ def work(jobs: Sequence[Job], batch_size: int) -> Iterator[Path]:
             yield from sample_free(job, batch_size, wait=True)
         for sample in job.samples:  # of a worker that was killed just after it had written
             remove_lock(job.video(sample))
-        remove_lock(job.run.inverted(job.step))
+        remove_lock(job.run.inverted_file(job.step))
         if not has_overview(job.folder):
             with claim(sheet_of(job.folder)):
-                renew_overview(job)
+                renew_overview(job.folder, job.run)
 
 
 def sample_free(job: Job, batch_size: int, *, wait: bool = False) -> Iterator[Path]:
@@ -64,19 +63,19 @@ def sample_free(job: Job, batch_size: int, *, wait: bool = False) -> Iterator[Pa
     Args:
         wait: Until every video is there.
     """
-    run, config, step = job.run, job.config, job.step
-    load = cache(lambda: load_tuned(run, config, step))
-    inverted = cache(lambda steps: inverted_clip(run, config, load(), step, steps, alone=claim))
+    run = job.run
+    load = cache(lambda: run.load_model(job.step))
     for group in group_by_batch_key(job.wanted):
         size = min(batch_size, len(group))
         while group:
             with ExitStack() as claims:
                 batch = claim_batch(job, group, size, claims, wait=wait)
                 if batch:
-                    with on_mesh(mesh_of(config)):
-                        yield from write_batch(
-                            load(), config, batch, inverted, job.folder, Stages(), size=size
-                        )
+                    with on_mesh(run.mesh()):
+                        for path, _ in write_batch(
+                            run, load(), batch, job.folder, Stages(), size=size, alone=claim
+                        ):
+                            yield path
                 elif not wait:
                     break
 

@@ -1,6 +1,7 @@
 """The overview of a folder of samples: a contact sheet, and videos side by side."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,8 @@ from jaxtyping import UInt8
 
 from tav_jax.console import say
 from tav_jax.errors import UserError
-from tav_jax.runs.config import TuneConfig
-from tav_jax.runs.run import read_clip
-from tav_jax.runs.samples import BESIDE, SHEET, Frames, Job, Sample, sample_size
+from tav_jax.runs.run import Run
+from tav_jax.runs.samples import BESIDE, SHEET, Frames, Sample, sample_size
 from tav_jax.video.read import read_frames
 from tav_jax.video.sheets import contact_sheet, enlarge, side_by_side
 from tav_jax.video.write import write_image, write_video
@@ -46,14 +46,24 @@ def has_overview(folder: Path) -> bool:
     )
 
 
-def write_overview(folder: Path, config: TuneConfig, source: Frames | None) -> list[Path]:
-    """Returns the paths of a contact sheet and of videos side by side, of a folder's samples.
+def write_overview(
+    folder: Path, run: Run, fresh: Mapping[Path, Frames] | None = None
+) -> list[Path]:
+    """Write a contact sheet and side-by-side videos of a folder's samples; return their paths.
 
     They show the clip first and then the newest samples of the folder, whoever wrote them.
+
+    Args:
+        folder: Holds the samples.
+        run: The run that they come from.
+        fresh: Frames of videos that this process has just sampled, by the video's path. Other
+            videos are read back from their files.
     """
+    config, fresh = run.config, fresh or {}
     frames, height, width = sample_size(config)
     suffix = config.validation_data.video_format
     rows: dict[str, Frames] = {}
+    source = _read_source(run)
     if source is not None and source.shape == (frames, height, width, 3):
         rows[f"source: {config.train_data.prompt}"] = source
     records = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
@@ -61,29 +71,35 @@ def write_overview(folder: Path, config: TuneConfig, source: Frames | None) -> l
         if (video := record.with_suffix(f".{suffix}")).is_file():
             sample = Sample(**json.loads(record.read_text()))
             label = sample.prompt + (f" (seed {sample.seed})" if sample.name_seed else "")
-            rows[label] = read_frames(video, n_sample_frames=frames, width=width, height=height)
+            rows[label] = (
+                fresh[video]
+                if video in fresh
+                else read_frames(video, n_sample_frames=frames, width=width, height=height)
+            )
     if not rows:
         return []
     joined = side_by_side(*(shown(video) for video in list(rows.values())[: 1 + VIDEOS_BESIDE]))
-    # Where it stays small, a GIF as well: web pages and slides play those by themselves.
+    # A small one is written as a GIF too, which web pages and slides play by themselves.
     suffixes = dict.fromkeys([suffix, "gif"] if joined.shape[2] <= GIF_WIDTH else [suffix])
     videos = [folder / f"{BESIDE}.{suffix}" for suffix in suffixes]
     for path in videos:
         write_video(path, joined, fps=config.validation_data.fps)
-    # Last, since the folder has its overview once this is there.
+    # Last, because the sheet's presence says that the overview is complete.
     sheet = sheet_of(folder)
     write_image(sheet, contact_sheet(rows))
     return [sheet, *videos]
 
 
-def renew_overview(job: Job) -> None:
-    """Writes the overview of a job's folder unless it is newer than what it shows."""
-    if has_overview(job.folder):
-        return
+def _read_source(run: Run) -> Frames | None:
     try:
-        source = read_clip(job.config)
+        return run.clip()
     except UserError as error:
         say(f"the contact sheet goes without the clip: {error}")
-        source = None
-    for path in write_overview(job.folder, job.config, source):
-        say(f"wrote {path}")
+        return None
+
+
+def renew_overview(folder: Path, run: Run, fresh: Mapping[Path, Frames] | None = None) -> None:
+    """Write the overview of a folder of samples unless it is newer than what it shows."""
+    if not has_overview(folder):
+        for path in write_overview(folder, run, fresh):
+            say(f"wrote {path}")

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -13,75 +15,119 @@ from tav_jax.parallel.processes import broadcast_from_main, is_main_process
 from tav_jax.parallel.sharding import gather_to_host, on_mesh
 from tav_jax.pipeline import decode_latents, random_latents, sample_latents
 from tav_jax.pretrained.model import Model
-from tav_jax.runs.config import TuneConfig
 from tav_jax.runs.metrics_log import Stages
-from tav_jax.runs.overview import renew_overview, shown
-from tav_jax.runs.run import inverted_clip, load_tuned, mesh_of
+from tav_jax.runs.overview import ROWS_OF_SHEET, renew_overview, shown
+from tav_jax.runs.run import Run
 from tav_jax.runs.samples import Frames, Job, Sample, group_by_batch_key, sample_size
-from tav_jax.types import Latents
 from tav_jax.video.write import to_frames, write_video
 
 
-def write_samples(
-    model: Model,
-    config: TuneConfig,
+def render(
+    run: Run,
+    folder: Path,
     samples: Sequence[Sample],
-    inverted: Callable[[int], Latents],
+    is_wanted: Sequence[bool],
+    load_model: Callable[[], Model],
+    stages: Stages,
+    *,
+    batch_size: int = 1,
+) -> list[Path]:
+    """Write the wanted samples and then the folder's overview; return the videos' paths.
+
+    The model is loaded only if something is wanted. In a job of several processes the main
+    process decides what is wanted.
+
+    Args:
+        run: The run to sample from.
+        folder: Takes the videos.
+        samples: All that are asked for.
+        is_wanted: For each sample whether it is to be made.
+        load_model: Gives the run's model at the samples' checkpoint.
+        stages: Is told the time of inversion, sampling, decoding and writing.
+        batch_size: Prompts and seeds sampled at once.
+    """
+    flags = broadcast_from_main(is_wanted)
+    wanted = [sample for sample, flag in zip(samples, flags, strict=True) if flag]
+    fresh: dict[Path, Frames] = {}
+    written = []
+    if wanted:
+        for path, video in write_samples(
+            run, load_model(), wanted, folder, stages, batch_size=batch_size
+        ):
+            say(f"wrote {path}")
+            written.append(path)
+            fresh[path] = video
+            if len(fresh) > ROWS_OF_SHEET:  # the sheet shows no more of them
+                del fresh[next(iter(fresh))]
+    if samples and is_main_process():
+        with stages("write"):
+            renew_overview(folder, run, fresh)
+    return written
+
+
+def write_samples(
+    run: Run,
+    model: Model,
+    samples: Sequence[Sample],
     folder: Path,
     stages: Stages,
     *,
     batch_size: int = 1,
-) -> Iterator[Path]:
-    """Yields the path of each sample's video as soon as it is written, its settings beside it.
+) -> Iterator[tuple[Path, Frames]]:
+    """Write each sample's video with its settings beside it; yield its path and frames.
 
-    Args:
-        samples: May differ in anything; those alike but for prompt and seed share batches.
-        inverted: Gives the clip's noise by its number of inversion steps.
-        stages: Is told the time of inversion, sampling, decoding and writing.
-        batch_size: How many are sampled at once.
+    Samples may differ in anything. Those that differ in prompt and seed only share batches.
+    Arguments are those of `render`.
     """
     for group in group_by_batch_key(samples):
         size = min(batch_size, len(group))
         for start in range(0, len(group), size):
             raise_if_interrupted()
             batch = group[start : start + size]
-            yield from write_batch(model, config, batch, inverted, folder, stages, size=size)
+            yield from write_batch(run, model, batch, folder, stages, size=size)
 
 
 def write_batch(
+    run: Run,
     model: Model,
-    config: TuneConfig,
     batch: list[Sample],
-    inverted: Callable[[int], Latents],
     folder: Path,
     stages: Stages,
     *,
     size: int,
-) -> Iterator[Path]:
-    """Yields the paths of the videos of one batch, as `write_samples` does.
+    alone: Callable[[Path], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[tuple[Path, Frames]]:
+    """Write the videos of one batch, as `write_samples` does.
 
     Args:
-        batch: Samples that are alike, at most `size`. They are filled up to that number with
-            repetitions, since another size would be compiled anew.
+        run: The run to sample from.
+        model: The run's model at the samples' checkpoint.
+        batch: Samples with the same batch key, at most `size`. They are filled up to that number
+            with repetitions, because another size would be compiled anew.
+        folder: Takes the videos.
+        stages: Is told where the time goes.
+        size: Items that are sampled at once.
+        alone: See `Run.inverted_latents`.
     """
-    frames, height, width = sample_size(config)
-    alike = batch[0].batch_key
+    frames, height, width = sample_size(run.config)
+    common = batch[0].batch_key
     filled = batch + batch[-1:] * (size - len(batch))
-    if alike.num_inv_steps is None:
+    if common.num_inv_steps is None:
         noise = random_latents(model, [sample.seed for sample in filled], frames, height, width)
     else:
         with stages("invert"):
-            noise = jnp.repeat(inverted(alike.num_inv_steps), size, axis=0)
+            inverted = run.inverted_latents(model, common.step, common.num_inv_steps, alone=alone)
+            noise = jnp.repeat(inverted, size, axis=0)
     with stages("sample"):
         clean = sample_latents(
             model,
             noise,
             [sample.prompt for sample in filled],
-            negative_prompt=alike.negative_prompt,
-            guidance_scale=alike.guidance_scale,
-            num_inference_steps=alike.num_inference_steps,
-            sampler=alike.sampler,
-            eta=alike.eta,
+            negative_prompt=common.negative_prompt,
+            guidance_scale=common.guidance_scale,
+            num_inference_steps=common.num_inference_steps,
+            sampler=common.sampler,
+            eta=common.eta,
             seeds=[sample.seed for sample in filled],
             progress=True,
         )
@@ -89,17 +135,18 @@ def write_batch(
         with stages("decode"):
             pixel_values = gather_to_host(decode_latents(model, clean[index : index + 1]))
         with stages("write"):
-            path = _write_sample(sample, to_frames(pixel_values)[0], folder, config)
-        yield path
+            video = to_frames(pixel_values)[0]
+            path = _write_sample(sample, video, folder, run)
+        yield path, video
 
 
-def _write_sample(sample: Sample, video: Frames, folder: Path, config: TuneConfig) -> Path:
-    validation = config.validation_data
+def _write_sample(sample: Sample, video: Frames, folder: Path, run: Run) -> Path:
+    validation = run.config.validation_data
     video_path = folder / f"{sample.stem}.{validation.video_format}"
     if not is_main_process():
         return video_path
-    # A video that is to be overwritten goes first and the settings come before the new one, so
-    # that no video ever stands beside the settings of another.
+    # A video that is to be overwritten is removed first, and the settings are written before the
+    # new video, so that no video ever stands beside the settings of another.
     video_path.unlink(missing_ok=True)
     with atomic_write(folder / f"{sample.stem}.json") as path:
         path.write_text(json.dumps(asdict(sample), indent=2, ensure_ascii=False) + "\n")
@@ -108,38 +155,26 @@ def _write_sample(sample: Sample, video: Frames, folder: Path, config: TuneConfi
 
 
 def sample_run(job: Job, *, batch_size: int = 1) -> list[Path]:
-    """Returns the paths of the videos that a run did not have yet and has now.
-
-    The model is loaded only if something is missing.
-    """
-    run, config, step, folder = job.run, job.config, job.step, job.folder
-    is_wanted = broadcast_from_main([sample in job.wanted for sample in job.samples])
-    wanted = [sample for sample, flag in zip(job.samples, is_wanted, strict=True) if flag]
-    if len(wanted) < len(job.samples):
-        skipped = len(job.samples) - len(wanted)
+    """Write the videos of a job that are missing; return their paths."""
+    run = job.run
+    is_wanted = [sample in job.wanted for sample in job.samples]
+    if skipped := is_wanted.count(False):
         say(f"{skipped} of {len(job.samples)} videos are there already: skipped")
-    written = []
-    if wanted:
-        warn_unused_seeds(wanted)
-        with on_mesh(mesh_of(config)):
-            model = load_tuned(run, config, step)
-            for path in write_samples(
-                model,
-                config,
-                wanted,
-                lambda num_inv_steps: inverted_clip(run, config, model, step, num_inv_steps),
-                folder,
-                Stages(),
-                batch_size=batch_size,
-            ):
-                say(f"wrote {path}")
-                written.append(path)
-    if is_main_process():
-        renew_overview(job)
-    return written
+    warn_unused_seeds(job.wanted)
+    with on_mesh(run.mesh()):
+        return render(
+            run,
+            job.folder,
+            job.samples,
+            is_wanted,
+            lambda: run.load_model(job.step),
+            Stages(),
+            batch_size=batch_size,
+        )
 
 
 def warn_unused_seeds(samples: Sequence[Sample]) -> None:
+    """Print a note if the samples have several seeds and nothing is drawn from them."""
     seeds = {sample.seed for sample in samples}
     if len(seeds) > 1 and any(one.eta == 0 and one.num_inv_steps is not None for one in samples):
         say(

@@ -1,4 +1,4 @@
-"""The folder of a run: what is where, and what it was made with."""
+"""A run: its folder, its settings, and what is loaded or computed from them once."""
 
 import math
 from collections.abc import Callable
@@ -22,163 +22,213 @@ from tav_jax.pretrained.model import Model, load_model
 from tav_jax.runs.config import TuneConfig, differences, dump_config, load_config
 from tav_jax.training.checkpoints import latest_step, restore_trained
 from tav_jax.training.optimizer import label_params, select
-from tav_jax.types import Latents
+from tav_jax.types import Latents, Moments
 from tav_jax.video.read import read_frames
 
 
-class RunFolder:
-    """Paths of a run. Nothing is created by naming it."""
+class Run:
+    """A run's folder with its settings. Making the value creates nothing on disk.
 
-    def __init__(self, folder: str | Path):
+    The clip is read once, encoded once and inverted once per checkpoint and number of steps, and
+    then kept in memory.
+    """
+
+    def __init__(self, folder: str | Path, config: TuneConfig):
         self.folder = Path(folder)
-        self.config = self.folder / "config.yaml"
+        self.config = config
+        self.config_file = self.folder / "config.yaml"
         self.metrics = self.folder / "metrics.jsonl"
         self.checkpoints = self.folder / "checkpoints"
+        self._clip: UInt8[np.ndarray, "f H W 3"] | None = None
+        self._moments: Moments | None = None
+        self._inverted: dict[tuple[int, int], Latents] = {}
+
+    # Where its files are.
 
     def checkpoint(self, step: int) -> Path:
+        """Return the folder of a checkpoint."""
         return self.checkpoints / str(step)
 
-    def inverted(self, step: int) -> Path:
+    def inverted_file(self, step: int) -> Path:
+        """Return the file of the clip inverted under a checkpoint."""
         return self.folder / "inv_latents" / f"ddim_latent-{step}.npy"
 
     def samples(self, step: int) -> Path:
+        """Return the folder of the samples from a checkpoint."""
         return self.folder / "samples" / f"sample-{step}"
 
+    # Beginning and opening.
 
-def claim_folder(config: TuneConfig) -> RunFolder:
-    """Returns the folder of a run, new or to be resumed, having created nothing yet.
+    @classmethod
+    def create(cls, config: TuneConfig) -> "Run":
+        """Return a new run, or one to be resumed. Nothing is written before `record_config`.
 
-    Raises:
-        ValueError: the folder belongs to something else; says what differs.
-    """
-    run = RunFolder(config.output_dir)
-    if run.config.is_file():
-        theirs, _ = load_config(run.config)
-        # Where it stands says nothing: a folder may be renamed, or mounted elsewhere.
-        differing = differences(config, replace(theirs, output_dir=config.output_dir))
-        if differing:
+        Raises:
+            UserError: the folder is a run of other settings, which are listed, or something else,
+                or cannot be written to.
+        """
+        run = cls(config.output_dir, config)
+        if run.config_file.is_file():
+            theirs, _ = load_config(run.config_file)
+            # The folder's own path does not count: it may have been renamed or mounted elsewhere.
+            differing = differences(config, replace(theirs, output_dir=config.output_dir))
+            if differing:
+                raise UserError(
+                    f"output_dir: {run.folder} is a run of other settings; "
+                    "name another output_dir:\n" + "\n".join(f"  {line}" for line in differing)
+                )
+        elif run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
             raise UserError(
-                f"output_dir: {run.folder} is a run of other settings; name another output_dir, "
-                "or remove that one:\n" + "\n".join(f"  {line}" for line in differing)
+                f"output_dir: {run.folder} exists and is no run of tav_jax.tune; name another"
             )
-    elif run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
-        raise UserError(
-            f"output_dir: {run.folder} exists and is no run of tav_jax.tune; name another"
+        if parent := first_unwritable_parent(run.folder):
+            raise UserError(f"output_dir: {parent} is not writable; name another")
+        return run
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        """Return a run that `tune` has begun.
+
+        Raises:
+            MissingFileError: it is no run's folder.
+            UserError: its config.yaml is damaged.
+        """
+        run_config = Path(folder) / "config.yaml"
+        if not run_config.is_file():
+            raise MissingFileError(f"--run: {folder} is not a run of tav_jax.tune: no config.yaml")
+        config, _ = load_config(run_config)
+        return cls(folder, config)
+
+    def record_config(self) -> None:
+        """Create the run's folder with its complete settings."""
+        if is_main_process():
+            with atomic_write(self.config_file) as path:
+                path.write_text(dump_config(self.config))
+
+    def latest_step(self) -> int | None:
+        """Return the newest checkpoint's step, or None."""
+        return latest_step(self.checkpoints)
+
+    def find_step(self, step: int | None = None) -> int:
+        """Return the step of a checkpoint, by default the newest.
+
+        Raises:
+            MissingFileError: there is no such checkpoint.
+        """
+        latest = self.latest_step()
+        if latest is None:
+            raise MissingFileError(
+                f"--run: {self.folder} has no checkpoint yet; run tav_jax.tune first"
+            )
+        step = latest if step is None else step
+        if not self.checkpoint(step).is_dir():
+            raise MissingFileError(
+                f"--step: {self.folder} has no checkpoint {step}; the newest is {latest}"
+            )
+        return step
+
+    def mesh(self) -> Mesh:
+        """Return the mesh of the run. It divides the frames of its clip and of its samples."""
+        train, validation = self.config.train_data, self.config.validation_data
+        frames = math.gcd(train.n_sample_frames, validation.video_length or 0)
+        return make_mesh(asdict(self.config.mesh), frames=frames)
+
+    # What is loaded and computed.
+
+    def load_base(self) -> Model:
+        """Return the model that the run starts from, on the mesh, its trained leaves in float32."""
+        config = self.config
+        model = load_model(
+            config.pretrained_model_path,
+            dtype="float32" if config.mixed_precision == "no" else "bfloat16",
+            float32_modules=config.trainable_modules,
+            attention_scope=config.attention_scope,
+            attention=config.attention,
+            key=jax.random.key(config.seed),
+            revision=config.revision,
+            variant=config.variant,
         )
-    if place := first_unwritable_parent(run.folder):
-        raise UserError(f"output_dir: nothing can be written in {place}; name another")
-    return run
+        unet, vae, text_encoder = laid((model.unet, model.vae, model.text_encoder))
+        return replace(model, unet=unet, vae=vae, text_encoder=text_encoder)
 
+    def load_model(self, step: int) -> Model:
+        """Return the model that the run had at a checkpoint."""
+        model = self.load_base()
+        params = model.unet.params
+        labels = label_params(params, self.config.trainable_modules)
+        trained = restore_trained(self.checkpoint(step), select(params, labels, "train"))
+        return model.with_unet(model.unet.with_params(params | trained))
 
-def record_config(run: RunFolder, config: TuneConfig) -> None:
-    """Creates the run's folder, with its settings complete."""
-    if not is_main_process():
-        return
-    with atomic_write(run.config) as path:
-        path.write_text(dump_config(config))
+    def clip(self) -> UInt8[np.ndarray, "f H W 3"]:
+        """Return the frames that the run tunes on; raises as `read_frames` does."""
+        if self._clip is None:
+            data = self.config.train_data
+            self._clip = read_frames(
+                data.video_path,
+                n_sample_frames=data.n_sample_frames,
+                width=data.width,
+                height=data.height,
+                sample_start_idx=data.sample_start_idx,
+                sample_frame_rate=data.sample_frame_rate,
+                sampling=data.sampling,
+                fit=data.fit,
+            )
+        return self._clip
 
+    def encoded_clip(self, model: Model) -> Moments:
+        """Return the posterior of the clip. The autoencoder is frozen, so any checkpoint's does."""
+        if self._moments is None:
+            self._moments = jax.block_until_ready(encode_frames(model, self.clip()))
+        return self._moments
 
-def open_run(folder: str | Path, step: int | None = None) -> tuple[RunFolder, TuneConfig, int]:
-    """Returns a finished or interrupted run, its settings, and the checkpoint to sample from.
+    def inverted_latents(
+        self,
+        model: Model,
+        step: int,
+        num_inv_steps: int,
+        *,
+        alone: Callable[[Path], AbstractContextManager[Any]] = nullcontext,
+    ) -> Latents:
+        """Return the clip's noise under the model of a checkpoint, from disk if it is there.
 
-    Args:
-        step: The newest checkpoint by default.
+        Only the run's own `num_inv_steps` is kept on disk.
 
-    Raises:
-        FileNotFoundError: it is no run's folder, or has no such checkpoint.
-    """
-    run = RunFolder(folder)
-    if not run.config.is_file():
-        raise MissingFileError(f"--run: {folder} is not a run of tav_jax.tune: no config.yaml")
-    config, _ = load_config(run.config)
-    latest = latest_step(run.checkpoints)
-    if latest is None:
-        raise MissingFileError(f"--run: {folder} has no checkpoint yet; run tav_jax.tune first")
-    step = latest if step is None else step
-    if not run.checkpoint(step).is_dir():
-        raise MissingFileError(f"--step: {folder} has no checkpoint {step}; the newest is {latest}")
-    return run, config, step
+        Args:
+            model: The run's model at `step`.
+            step: The checkpoint.
+            num_inv_steps: Steps of DDIM inversion.
+            alone: Gives a context within which no other process makes the file.
+        """
+        if (step, num_inv_steps) not in self._inverted:
+            on_disk = num_inv_steps == self.config.validation_data.num_inv_steps
+            self._inverted[step, num_inv_steps] = (
+                self._kept_inversion(model, step, num_inv_steps, alone)
+                if on_disk
+                else self._invert(model, num_inv_steps)
+            )
+        return self._inverted[step, num_inv_steps]
 
-
-def load_base(config: TuneConfig) -> Model:
-    """Returns the model that a run starts from, its trained leaves in float32, on the mesh."""
-    model = load_model(
-        config.pretrained_model_path,
-        dtype="float32" if config.mixed_precision == "no" else "bfloat16",
-        float32_modules=config.trainable_modules,
-        attention_scope=config.attention_scope,
-        attention=config.attention,
-        key=jax.random.key(config.seed),
-        revision=config.revision,
-        variant=config.variant,
-    )
-    unet, vae, text_encoder = laid((model.unet, model.vae, model.text_encoder))
-    return replace(model, unet=unet, vae=vae, text_encoder=text_encoder)
-
-
-def mesh_of(config: TuneConfig) -> Mesh:
-    """Returns the mesh of a run, which divides the frames of its clip and of its samples."""
-    train, validation = config.train_data, config.validation_data
-    frames = math.gcd(train.n_sample_frames, validation.video_length or 0)
-    return make_mesh(asdict(config.mesh), frames=frames)
-
-
-def load_tuned(run: RunFolder, config: TuneConfig, step: int) -> Model:
-    """Returns the model that a run had at a checkpoint."""
-    model = load_base(config)
-    params = model.unet.params
-    labels = label_params(params, config.trainable_modules)
-    trained = restore_trained(run.checkpoint(step), select(params, labels, "train"))
-    return model.with_unet(model.unet.with_params(params | trained))
-
-
-def read_clip(config: TuneConfig) -> UInt8[np.ndarray, "f H W 3"]:
-    """Returns the frames that a run tunes on; raises as `read_frames` does."""
-    data = config.train_data
-    return read_frames(
-        data.video_path,
-        n_sample_frames=data.n_sample_frames,
-        width=data.width,
-        height=data.height,
-        sample_start_idx=data.sample_start_idx,
-        sample_frame_rate=data.sample_frame_rate,
-        sampling=data.sampling,
-        fit=data.fit,
-    )
-
-
-def inverted_clip(
-    run: RunFolder,
-    config: TuneConfig,
-    model: Model,
-    step: int,
-    num_inv_steps: int,
-    *,
-    alone: Callable[[Path], AbstractContextManager[Any]] = nullcontext,
-) -> Latents:
-    """Returns the clip's noise under the model of a checkpoint, from disk if it is there.
-
-    Only the run's own `num_inv_steps` is kept on disk.
-
-    Args:
-        alone: Gives a context within which no other process makes the file.
-    """
-
-    def invert() -> Latents:
-        latents = posterior_mean_latents(model, encode_frames(model, read_clip(config)))
+    def _invert(self, model: Model, num_inv_steps: int) -> Latents:
+        latents = posterior_mean_latents(model, self.encoded_clip(model))
         return invert_latents(model, latents, num_inv_steps=num_inv_steps, progress=True)
 
-    if num_inv_steps != config.validation_data.num_inv_steps:
-        return invert()
-    kept = run.inverted(step)
-    if not broadcast_from_main([kept.is_file()])[0]:
-        with alone(kept):
-            if not broadcast_from_main([kept.is_file()])[
-                0
-            ]:  # another job may have made it meanwhile
-                noise = np.asarray(gather_to_host(invert()), np.float32)
-                if is_main_process():
-                    with atomic_write(kept) as path, path.open("wb") as file:
-                        np.save(file, noise)
-                return jnp.asarray(noise)
-    return jnp.asarray(np.load(kept))
+    def _kept_inversion(
+        self,
+        model: Model,
+        step: int,
+        num_inv_steps: int,
+        alone: Callable[[Path], AbstractContextManager[Any]],
+    ) -> Latents:
+        file = self.inverted_file(step)
+        if not broadcast_from_main([file.is_file()])[0]:
+            with alone(file):
+                # Another job may have made it in the meantime.
+                if not broadcast_from_main([file.is_file()])[0]:
+                    noise = np.asarray(
+                        gather_to_host(self._invert(model, num_inv_steps)), np.float32
+                    )
+                    if is_main_process():
+                        with atomic_write(file) as path, path.open("wb") as opened:
+                            np.save(opened, noise)
+                    return jnp.asarray(noise)
+        return jnp.asarray(np.load(file))

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from tav_jax.diffusion.samplers import SamplerName, check_eta
 from tav_jax.errors import ExistingFileError
 from tav_jax.runs.config import TuneConfig
-from tav_jax.runs.run import RunFolder, open_run
+from tav_jax.runs.run import Run
 
 Frames = UInt8[np.ndarray, "f H W 3"]
 
@@ -124,21 +124,20 @@ def group_by_batch_key(samples: Sequence[Sample]) -> list[list[Sample]]:
 class Job:
     """What a run is to sample, checked against what it has."""
 
-    run: RunFolder
-    config: TuneConfig
+    run: Run
     step: int
     folder: Path
     samples: list[Sample]
     wanted: list[Sample]
 
     def video(self, sample: Sample) -> Path:
-        return self.folder / f"{sample.stem}.{self.config.validation_data.video_format}"
+        return self.folder / f"{sample.stem}.{self.run.config.validation_data.video_format}"
 
     def record(self, sample: Sample) -> Path:
         return self.folder / f"{sample.stem}.json"
 
     def is_done(self, sample: Sample) -> bool:
-        return is_done(sample, self.folder, self.config.validation_data.video_format)
+        return is_done(sample, self.folder, self.run.config.validation_data.video_format)
 
 
 def plan_samples(
@@ -160,10 +159,11 @@ def plan_samples(
         FileExistsError: videos of those names are there, or asked for as well, of other settings;
             lists all.
     """
-    run, config, step = open_run(run_folder, step)
-    samples = list(dict.fromkeys(make_samples(default_sample(config, step))))
+    run = Run.open(run_folder)
+    step = run.find_step(step)
+    samples = list(dict.fromkeys(make_samples(default_sample(run.config, step))))
     folder = Path(output_dir) if output_dir else run.samples(step)
-    job = Job(run, config, step, folder, samples, wanted=[])
+    job = Job(run, step, folder, samples, wanted=[])
     problems: list[str] = []
     named: dict[str, Sample] = {}
     for sample in samples:

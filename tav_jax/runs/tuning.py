@@ -1,37 +1,219 @@
-"""What the tuning command does between its lines: the step that fits, resuming, checks."""
+"""Tuning a run: prepare it, then step, log, check and save.
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+`tav_jax.tune` tells the story; here are its parts.
+"""
+
+import os
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
-from tav_jax.console import say
+from tav_jax.console import raise_if_interrupted, say
+from tav_jax.errors import UserError
 from tav_jax.models.unet import GradientCheckpointing
+from tav_jax.parallel.processes import is_main_process
+from tav_jax.parallel.sharding import gather_to_host, laid
+from tav_jax.pipeline import compile_train_step, encode_prompts
+from tav_jax.pretrained.model import Model, tokenize
+from tav_jax.progress import progress_bar
 from tav_jax.runs.config import TuneConfig, ValidationData
-from tav_jax.runs.run import RunFolder
-from tav_jax.training.checkpoints import latest_step, restore_state
+from tav_jax.runs.metrics_log import Stages, keep_metrics, log, log_stages
+from tav_jax.runs.run import Run
+from tav_jax.training.checkpoints import restore_state, save_checkpoint
 from tav_jax.training.memory import Plan, Size, compile_plan, device_bytes, fitting_preset
-from tav_jax.training.train_step import (
-    TrainState,
-    fingerprints,
-)
+from tav_jax.training.optimizer import Label, label_params, make_lr_schedule, make_optimizer
+from tav_jax.training.train_step import TrainState, check_movement, fingerprints, init_state
 from tav_jax.types import Context, Moments
 
-# Updates after which every trained group must have moved: a warm-up's first update has rate 0,
-# and the temporal attention's inner projections get no gradient before its output has moved.
+# Updates after which every trained group must have moved. The first update of a warm-up has rate
+# 0, and the temporal attention's inner projections get no gradient before its output has moved.
 STEPS_BEFORE_CHECK = 3
 
-# Steps between two looks at the metrics, which wait for the device, are at most these and else as
-# many as are done in a second.
+# Reading the metrics waits for the device. They are read about once a second, and after this many
+# steps at the latest.
 MOST_STEPS_UNSEEN = 100
 
-# By what `step_settings` gives, tuning steps with the preset that fits.
+# Compiled train steps with the preset that fits, keyed by the settings that they depend on.
 Programs = dict[TuneConfig, tuple[GradientCheckpointing, Callable]]
 
 # Jitted here, so that several clips compile it once.
 fingerprint = jax.jit(fingerprints)
+
+
+@dataclass
+class Tuning:
+    """A run that is ready to step.
+
+    Args:
+        run: The run.
+        model: Its base model; while steps run, all but the U-Net waits in the host's memory.
+        state: The train state, from the newest checkpoint or new.
+        labels: "train" or "freeze" for every parameter.
+        learning_rate: The rate of each update.
+        program: The compiled train step.
+        inputs: Its other arguments: moments, context and schedule.
+        stages: Where the time goes.
+    """
+
+    run: Run
+    model: Model
+    state: TrainState
+    labels: dict[str, Label]
+    learning_rate: optax.Schedule
+    stages: Stages
+    program: Callable | None = None
+    inputs: tuple[Any, ...] = ()
+
+    @property
+    def start(self) -> int:
+        """Return the number of updates that are done."""
+        return int(self.state.step)
+
+    @property
+    def end(self) -> int:
+        """Return the number of updates of the whole run."""
+        return self.run.config.max_train_steps
+
+    @property
+    def trained_names(self) -> list[str]:
+        """Return the names of the parameters that train."""
+        return [name for name, label in self.labels.items() if label == "train"]
+
+    def tuned_model(self) -> Model:
+        """Return the model with the U-Net as it is now."""
+        return self.model.with_unet(self.state.unet)
+
+
+def prepare(run: Run, programs: Programs) -> Tuning:
+    """Return a run with its model loaded, its state restored and its step compiled.
+
+    Args:
+        run: New, or to be resumed.
+        programs: Train steps compiled before. A run of the same shapes takes its step from here,
+            and a new one is added.
+
+    Raises:
+        UserError: the clip, the model or the settings do not fit; nothing has been written yet.
+    """
+    config, stages = run.config, Stages()
+    with stages("read"):
+        run.clip()
+    with stages("load"):
+        model = run.load_base()
+    labels = label_params(model.unet.params, config.trainable_modules)
+    # Warns of prompts that are too long before anything takes long.
+    tokenize(model, [config.train_data.prompt, *config.validation_data.prompts])
+    learning_rate = make_lr_schedule(
+        config.lr_scheduler,
+        config.learning_rate * (draws_per_update(config) if config.scale_lr else 1),
+        warmup_steps=config.lr_warmup_steps,
+        total_steps=config.max_train_steps,
+    )
+    optimizer = make_optimizer(
+        labels,
+        learning_rate,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        adam_weight_decay=config.adam_weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    state = laid(init_state(model.unet, optimizer, jax.random.key(config.seed)))
+    tuning = Tuning(run, model, state, labels, learning_rate, stages)
+    tuning.state = resume(tuning)
+    if tuning.start >= tuning.end and run.latest_step() is None:
+        raise UserError(
+            f"resume_from_checkpoint: {config.resume_from_checkpoint} has step {tuning.start} "
+            f"already; max_train_steps is {tuning.end}, set it higher"
+        )
+    if tuning.start < tuning.end:
+        prepare_step(tuning, optimizer, programs)
+    return tuning
+
+
+def prepare_step(
+    tuning: Tuning, optimizer: optax.GradientTransformation, programs: Programs
+) -> None:
+    """Encode the clip and its prompt once, and compile the train step unless it is known."""
+    config, model, stages = tuning.run.config, tuning.model, tuning.stages
+    with stages("encode"):
+        encoded = tuning.run.encoded_clip(model), encode_prompts(model, [config.train_data.prompt])
+        moments, context = jax.block_until_ready(
+            tuple(jnp.repeat(one, config.train_batch_size, axis=0) for one in encoded)
+        )
+    tuning.model = replace(
+        model, vae=gather_to_host(model.vae), text_encoder=gather_to_host(model.text_encoder)
+    )
+    tuning.inputs = moments, context, model.schedule
+    train_step = compile_train_step(
+        model.vae.config.scaling_factor,
+        optimizer=optimizer,
+        labels=tuning.labels,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+    )
+    with stages("compile"):
+        key = step_settings(config)
+        if key not in programs:
+            programs[key] = fitting_program(config, train_step, tuning.state, tuning.inputs)
+        preset, tuning.program = programs[key]
+    unet = tuning.state.unet.with_config(gradient_checkpointing=preset)
+    tuning.state = tuning.state._replace(unet=unet)
+
+
+def fit(tuning: Tuning) -> Generator[int, None, None]:
+    """Run all remaining updates, log them, and save checkpoints; yield each step to validate.
+
+    `tuning.state` is then the state after that step.
+
+    Raises:
+        NotLearningError: the loss is not a number, or parameters do not move as they should.
+    """
+    run, config, stages = tuning.run, tuning.run.config, tuning.stages
+    assert tuning.program is not None
+    start, end = tuning.start, tuning.end
+    if is_main_process():
+        keep_metrics(run.metrics, start)
+    metrics_path = run.metrics if is_main_process() else Path(os.devnull)
+    before = fingerprint(tuning.state.unet.params)
+    check_at = min(start + STEPS_BEFORE_CHECK, end)
+    unseen: list[dict] = []
+    unseen_at_most, began = 1, time.perf_counter()
+    with (
+        metrics_path.open("a", buffering=1) as metrics_file,
+        progress_bar("tuning", total=end, initial=start) as bar,
+    ):
+        for step in range(start + 1, end + 1):
+            tuning.state, metrics = tuning.program(tuning.state, *tuning.inputs)
+            unseen.append(metrics | {"step": step, "lr": float(tuning.learning_rate(step - 1))})
+            saves = step == end or step % config.checkpointing_steps == 0
+            pause = step == check_at or saves or is_validated(config, step)
+            if not pause and len(unseen) < unseen_at_most:
+                continue
+            jax.block_until_ready(metrics)
+            raise_if_interrupted()
+            stages.add("tune", time.perf_counter() - began)
+            seconds = (time.perf_counter() - began) / len(unseen)
+            log(metrics_file, unseen, seconds)
+            bar.update(len(unseen))
+            unseen, unseen_at_most = [], max(1, min(MOST_STEPS_UNSEEN, int(1 / seconds)))
+            if step == check_at:
+                after = fingerprint(tuning.state.unet.params)
+                check_movement(before, after, tuning.labels, config.trainable_modules)
+            if saves:
+                with stages("checkpoint"):
+                    save_checkpoint(run.checkpoints, tuning.state, tuning.trained_names)
+                say(f"wrote {run.checkpoint(step)}")
+            if is_validated(config, step):
+                yield step
+            if pause:
+                log_stages(metrics_file, step, stages)
+            began = time.perf_counter()
 
 
 def fitting_program(
@@ -80,23 +262,24 @@ def step_settings(config: TuneConfig) -> TuneConfig:
 
 
 def is_validated(config: TuneConfig, step: int) -> bool:
+    """Tell whether the validation prompts are sampled after a step."""
     return step == config.max_train_steps or step % config.validation_steps == 0
 
 
 def draws_per_update(config: TuneConfig) -> int:
+    """Return how many draws of noise and timestep one update sees."""
     return config.gradient_accumulation_steps * config.train_batch_size
 
 
-def resume(
-    run: RunFolder, config: TuneConfig, state: TrainState, trained_names: Sequence[str]
-) -> TrainState:
-    """Returns the state to go on from: this run's newest, another run's, or the given."""
-    own = latest_step(run.checkpoints)
+def resume(tuning: Tuning) -> TrainState:
+    """Return the state of the newest checkpoint, of another run's, or the new one."""
+    run = tuning.run
+    own = run.latest_step()
     if own is not None:
         path = run.checkpoint(own)
-    elif config.resume_from_checkpoint is not None:
-        path = Path(config.resume_from_checkpoint)
+    elif run.config.resume_from_checkpoint is not None:
+        path = Path(run.config.resume_from_checkpoint)
     else:
-        return state
+        return tuning.state
     say(f"going on from {path}")
-    return restore_state(path, state, trained_names)
+    return restore_state(path, tuning.state, tuning.trained_names)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tav_jax.batch import devices_here, worker_environments
 from tav_jax.runs.batch_plan import plan_jobs, read_plan
+from tav_jax.runs.batch_processes import devices_here, worker_environments
 from tav_jax.runs.batch_work import write_manifest
 
 LAUNCH = Path(__file__).parents[2] / "launch"

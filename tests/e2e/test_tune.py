@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from tav_jax import tune
 from tav_jax.runs.config import load_config
-from tav_jax.runs.run import RunFolder, load_base
+from tav_jax.runs.run import Run
 from tav_jax.training.checkpoints import restore_state
 from tav_jax.training.optimizer import label_params, make_optimizer, select
 from tav_jax.training.train_step import init_state
@@ -41,9 +41,8 @@ def without_seconds(lines):
 
 def restored_arrays(folder, step):
     """What trains, the optimiser's state, step and key of a run's checkpoint."""
-    run = RunFolder(folder)
-    config, _ = load_config(run.config)
-    model = load_base(config)
+    run = Run.open(folder)
+    config, model = run.config, run.load_base()
     labels = label_params(model.unet.params, config.trainable_modules)
     # Checkpoints hold the state of a schedule too, so that a number would not fit.
     optimizer = make_optimizer(labels, optax.constant_schedule(config.learning_rate))
@@ -386,7 +385,7 @@ enable_xformers_memory_efficient_attention: True
     # What trains is kept, and stored, in float32.
     trained, *_ = restored_arrays(tmp_path / "run", 3)
     assert {str(value.dtype) for value in trained.values()} == {"float32"}
-    frozen = load_base(load_config(config)[0]).unet.params["conv_in.kernel"]
+    frozen = Run.open(tmp_path / "run").load_base().unet.params["conv_in.kernel"]
     assert frozen.dtype == "bfloat16"
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from tav_jax.console import command, raise_if_interrupted
 from tav_jax.errors import MissingFileError, UserError
+from tav_jax.progress import progress_bar
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +84,16 @@ def test_an_interrupt_that_was_swallowed_ends_the_next_step(capsys):
     assert run(main) == 130
     assert steps == []
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_log_file_gets_whole_lines_of_progress_and_not_too_many(capsys, monkeypatch):
+    clock = iter([0.0, 29.0, 31.0, 31.0, 40.0, 99.0])
+    monkeypatch.setattr("tav_jax.progress.time.monotonic", lambda: next(clock))
+    with progress_bar("tuning", total=5, initial=1) as bar:
+        for _ in range(4):
+            bar.update(1)
+    # Nothing before 30 seconds have passed, and nothing at the end, of which another line tells.
+    assert capsys.readouterr().err == "tuning: 3 of 5\n"
 
 
 def test_an_interrupt_is_forgotten_with_its_command():

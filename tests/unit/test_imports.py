@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "tav_jax"
 FLOORS = (
     {"types", "errors"},
-    {"files", "settings"},
+    {"files", "settings", "progress"},
     {"models", "diffusion", "video"},
     {"parallel", "pretrained"},
     {"training"},

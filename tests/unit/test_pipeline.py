@@ -11,7 +11,6 @@ import pytest
 from tqdm import tqdm
 
 import tav_jax as tav
-from tav_jax import pipeline
 from tav_jax.models.unet import UNet3DConditionModel
 
 
@@ -55,7 +54,8 @@ class Terminal(io.StringIO):
 def terminal(monkeypatch):
     """A terminal, to which bars show every move."""
     terminal = Terminal()
-    monkeypatch.setattr(pipeline, "tqdm", partial(tqdm, file=terminal, mininterval=0))
+    monkeypatch.setattr("tav_jax.progress.tqdm", partial(tqdm, file=terminal, mininterval=0))
+    monkeypatch.setattr("sys.stderr", terminal)
     return terminal
 
 
