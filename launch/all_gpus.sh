@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Tunes on all NVIDIA GPUs of this host, the clip's frames spread over them, and samples the
-# config's prompts. Needs a driver for CUDA 12 or newer, and as many frames as the GPUs divide.
+# Tune on all NVIDIA GPUs of this host and sample the config's prompts. The clip's frames are spread
+# over the GPUs. Needs a driver for CUDA 12 or newer, and a number of frames that the GPUs divide.
 #   bash launch/all_gpus.sh configs/man-skiing.yaml [key=value ...]
-# One process has them all. mesh.data=2 or mesh.fsdp=2 spreads the work in other ways too;
-# CUDA_VISIBLE_DEVICES=0,1 leaves some GPUs out. Not timed: no such host was at hand.
+# One process uses all GPUs. mesh.data=2 or mesh.fsdp=2 spreads the work in other ways;
+# CUDA_VISIBLE_DEVICES=0,1 selects GPUs. Never run on such a host, so there is no time to state.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

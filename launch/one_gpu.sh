@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Tunes on one NVIDIA GPU and samples the config's prompts. Needs a driver for CUDA 12 or newer.
+# Tune on one NVIDIA GPU and sample the config's prompts. Needs a driver for CUDA 12 or newer.
 #   bash launch/one_gpu.sh configs/man-skiing.yaml [key=value ...]
-# The first of several, or that which CUDA_VISIBLE_DEVICES names. Time as the config's header says,
-# after an installation of some minutes.
+# Uses the first GPU, or the one that CUDA_VISIBLE_DEVICES names. The installation takes some
+# minutes; the config's header says how long the run takes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

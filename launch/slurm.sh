@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Tunes on the GPUs of several nodes under SLURM, and samples the config's prompts.
+# Tune on the GPUs of several nodes under SLURM, and sample the config's prompts.
 #   sbatch launch/slurm.sh configs/man-skiing.yaml [key=value ...]
 #   sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 launch/slurm.sh ...
-# From the project's folder, which all nodes share, with an environment made before:
+# Submit it from the project's folder, which all nodes must share. Make the environment before:
 #   python3 -m venv .venv && .venv/bin/pip install --editable '.[cuda12]'
-# As many frames as the GPUs divide. Not timed: no cluster was at hand. After a node has failed,
-# SLURM starts the job again, and it goes on from its last checkpoint.
+# The GPUs must divide the number of frames. Never timed on a cluster. After a node has failed,
+# SLURM restarts the job, and the run resumes from its last checkpoint.
 #SBATCH --job-name=tav_jax
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Samples a plan of runs, prompts and seeds on as many GPUs as SLURM gives, wherever they are.
+# Sample a plan of runs, prompts and seeds on all GPUs that SLURM gives, on any nodes.
 #   sbatch launch/slurm_batch.sh plan.yaml [--batch-size 4]
 #   sbatch --ntasks=64 launch/slurm_batch.sh plan.yaml
-# From the project's folder, which all nodes share, with an environment made before:
+# Submit it from the project's folder, which all nodes must share. Make the environment before:
 #   python3 -m venv .venv && .venv/bin/pip install --editable '.[cuda12]'
-# The plan's form stands at the top of launch/batch_sample.py. The workers share the plan and need
-# not start or end together: more of these jobs may run at once, and run again they do what is left.
+# The top of launch/batch_sample.py describes the plan's format. The workers share the plan and need
+# not start or end together. Several such jobs may run at once; a second run makes what is missing.
 # Time: the videos, times that of one, by the number of GPUs.
 #SBATCH --job-name=tav_jax-batch
 #SBATCH --ntasks=8

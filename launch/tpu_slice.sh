@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Tunes on a Cloud TPU slice of one host or several, from a machine with gcloud, and samples the
-# config's prompts: copies the project to every host, sets it up, and runs one command on all.
+# Tune on a Cloud TPU slice of one host or several, and sample the config's prompts. Run it on a
+# machine with gcloud: it copies the project to every host, sets it up and runs one command on all.
 #   TPU_NAME=my-tpu ZONE=europe-west4-b bash launch/tpu_slice.sh configs/man-skiing.yaml [key=...]
-# The slice is there before:
+# Create the slice before:
 #   gcloud compute tpus tpu-vm create my-tpu --zone=europe-west4-b \
 #       --accelerator-type=v5litepod-8 --version=v2-alpha-tpuv5-lite
 # Its hosts share a disk (Filestore, or a bucket by gcsfuse), where video_path and output_dir are,
@@ -26,6 +26,6 @@ gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone="$ZONE" --worker=all --command
     command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
     ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv
     ~/.local/bin/uv pip install --quiet --editable '.[tpu]'
-    # Between frames and positions beside computation; by default it is waited for.
+    # All-to-all overlaps with computation. By default, computation waits for it.
     export LIBTPU_INIT_ARGS=--xla_tpu_enable_async_all_to_all=true
     .venv/bin/python -m tav_jax.tune --config $arguments"

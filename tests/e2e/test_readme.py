@@ -13,7 +13,7 @@ def test_the_programs_of_the_readme_run_as_printed(tmp_path):
     programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(programs) == 3
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    # Each goes on from where the one before ended, the last on the two devices that there are.
+    # Each program continues from the one before. The last uses both devices.
     done = subprocess.run(
         [sys.executable, "-c", "".join(programs)],
         cwd=tmp_path,
