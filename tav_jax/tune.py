@@ -58,7 +58,15 @@ from tav_jax.runs.samples import (
     write_samples,
 )
 from tav_jax.training.checkpoints import latest_step, restore_state, save_checkpoint
-from tav_jax.training.memory import Plan, Size, compile_plan, device_bytes, fitting_preset
+from tav_jax.training.memory import (
+    Alternative,
+    DoesNotFitError,
+    Plan,
+    Size,
+    compile_plan,
+    device_bytes,
+    fitting_preset,
+)
 from tav_jax.training.optimizer import label_params, make_lr_schedule, make_optimizer
 from tav_jax.training.train_step import (
     TrainState,
@@ -234,12 +242,26 @@ def fitting_program(
 
     wanted = config.gradient_checkpointing
     limit = config.memory_limit_gb
-    return fitting_preset(
-        plan,
-        None if wanted == "auto" else wanted,
-        Size(data.n_sample_frames, data.height, data.width),
-        limit * 1e9 if limit else float(device_bytes()),
-    )
+    try:
+        return fitting_preset(
+            plan,
+            None if wanted == "auto" else wanted,
+            Size(data.n_sample_frames, data.height, data.width),
+            limit * 1e9 if limit else float(device_bytes()),
+        )
+    except DoesNotFitError as error:
+        raise error.with_advice(config_keys) from None
+
+
+def config_keys(alternative: Alternative, asked: Size) -> str:
+    """Return the config keys, with values, by which a run becomes an alternative that fits."""
+    preset, size = alternative
+    keys = [f"gradient_checkpointing={preset}"]
+    if size.frames != asked.frames:
+        keys += [f"train_data.n_sample_frames={size.frames}"]
+    if size[1:] != asked[1:]:
+        keys += [f"train_data.height={size.height}", f"train_data.width={size.width}"]
+    return " ".join(keys)
 
 
 def step_settings(config: TuneConfig) -> TuneConfig:
