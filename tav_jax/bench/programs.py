@@ -1,8 +1,8 @@
-"""The programs of a run at a given size, with inputs to run or only to compile them."""
+"""The five programs in which a run spends its time, with inputs to compile and to run them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,8 @@ import numpy as np
 
 from tav_jax.bench.flops import count_flops
 from tav_jax.diffusion.schedule import NoiseSchedule
-from tav_jax.models.attention.dispatch import (
-    choose_implementation,
-    platform,
-)
 from tav_jax.models.network import Network, in_modules, init_network, parameter_shapes
-from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
+from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import AutoencoderKL
 from tav_jax.parallel.sharding import laid, storage, videos
 from tav_jax.pipeline import (
@@ -28,13 +24,14 @@ from tav_jax.pipeline import (
 from tav_jax.pretrained import configs as published_config
 from tav_jax.pretrained.model import load_model
 from tav_jax.pretrained.sd_v1_4 import CONFIGS
+from tav_jax.training.memory import Size
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
 from tav_jax.training.train_step import NoisedBatch, TrainState, init_state, loss_and_gradients
 
-GUIDANCE_SCALE, LEARNING_RATE = 12.5, 3e-5  # the paper's
+GUIDANCE_SCALE, LEARNING_RATE = 12.5, 3e-5  # as in the paper
 STEPS, TEXT_TOKENS = 50, 77
 
-# v1-4's layout at a width that two CPU cores run in seconds.
+# The layout of v1-4, narrow enough for two CPU cores to run in seconds.
 SMALL: dict[str, dict[str, Any]] = {
     "unet": {"block_out_channels": [64, 128, 160, 160], "cross_attention_dim": 256},
     "vae": {"block_out_channels": [32, 64, 128, 128]},
@@ -44,28 +41,33 @@ NETWORKS: dict[str, dict[str, dict[str, Any]]] = {"v1-4": {}, "small": SMALL}
 
 @dataclass(frozen=True)
 class Networks:
-    """What a step computes with. Parameters wait on the host, or are only shapes."""
+    """The U-Net, the autoencoder and the noise schedule.
+
+    Parameters are arrays on the host, or shapes from which programs can only be compiled.
+    """
 
     unet: Network[UNet3DConditionModel]
     vae: Network[AutoencoderKL]
     schedule: NoiseSchedule
 
     def with_unet_config(self, **changes: Any) -> "Networks":
-        """Returns the same parameters under a config of the U-Net with some fields changed."""
+        """Return the same parameters, with some fields of the U-Net's config changed."""
         return replace(self, unet=self.unet.with_config(**changes))
 
 
 def load_networks(folder: str, dtype: str) -> Networks:
-    """Returns the networks of a model's folder or name."""
+    """Return the networks of a model, given its folder, id or name."""
     model = load_model(folder, dtype=dtype, float32_modules=TRAINABLE_MODULES)
     return Networks(jax.device_get(model.unet), jax.device_get(model.vae), model.schedule)
 
 
 def random_networks(name: str, dtype: str, *, only_shapes: bool = False) -> Networks:
-    """Returns networks of `NETWORKS` with random parameters, or with their shapes alone.
+    """Return networks with random parameters.
 
     Args:
-        dtype: Of the computation, and of the parameters that are not trained.
+        name: A key of `NETWORKS`.
+        dtype: Type of the computation, and of the parameters that are not trained.
+        only_shapes: Make shapes in place of parameters.
     """
 
     def make(module_class: type, config: Any, float32_modules: tuple[str, ...]) -> Network:
@@ -92,156 +94,210 @@ def random_networks(name: str, dtype: str, *, only_shapes: bool = False) -> Netw
     )
 
 
-@dataclass(frozen=True)
-class Program:
-    """A jitted function with what it takes.
+class ClipShapes(NamedTuple):
+    """Shapes of what the programs take for one clip and one prompt."""
+
+    pixel_values: jax.ShapeDtypeStruct
+    moments: jax.ShapeDtypeStruct
+    latents: jax.ShapeDtypeStruct
+    context: jax.ShapeDtypeStruct
+    timesteps: jax.ShapeDtypeStruct
+
+
+def clip_shapes(networks: Networks, size: Size) -> ClipShapes:
+    """Return the shapes of a clip of this size, its latents and its prompt's text states."""
+    unet, factor = networks.unet.config, networks.vae.config.downsampling
+    grid = 1, size.frames, size.height // factor, size.width // factor
+
+    def float32(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    return ClipShapes(
+        pixel_values=float32(1, size.frames, size.height, size.width, 3),
+        moments=float32(*grid, 2 * unet.in_channels),
+        latents=float32(*grid, unet.in_channels),
+        context=float32(1, TEXT_TOKENS, unet.cross_attention_dim),
+        timesteps=jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
+
+
+# Makes one argument of a program: from a tree of host arrays or shapes, a sharding rule, and
+# optionally a function from the tree to the argument.
+MakeInput = Callable[..., Any]
+
+
+def abstract_input(tree: Any, rule: Any = storage, init: Callable | None = None) -> Any:
+    """Return the shapes of an argument, sharded over the current mesh if there is one.
 
     Args:
-        inputs: Makes its arguments, which a run may use up.
-        settings: Its static arguments.
-        carries: Whether a run's result is, or begins with, the first argument of the next.
-        flops: Counts the method's work in one run, in whatever way that is computed.
+        tree: Arrays or shapes.
+        rule: Returns the sharding of every leaf of a tree on a mesh.
+        init: Makes the argument from the tree.
+    """
+    shapes = jax.eval_shape(init or (lambda tree: tree), tree)
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return shapes
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        rule(shapes, mesh),
+    )
+
+
+def real_input(tree: Any, rule: Any = storage, init: Callable | None = None) -> Any:
+    """Return an argument as `abstract_input` describes it: shapes become normal random numbers.
+
+    Arrays are copied, since a program may donate them.
+    """
+
+    def materialise_leaf(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype)
+        return jnp.array(leaf)
+
+    arrays = laid(jax.tree.map(materialise_leaf, tree), rule)
+    return arrays if init is None else laid(init(arrays), rule)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jitted function and what it takes.
+
+    Args:
+        function: The jitted function.
+        make_inputs: Makes its arguments, each by the function that it is given.
+        flops: Counts the operations of one run as the method defines it, however it is computed.
+        settings: Static arguments.
+        feeds_back: Whether the result of a run is, or begins with, the next run's first argument.
     """
 
     function: Any
-    inputs: Callable[[], tuple[Any, ...]]
+    make_inputs: Callable[[MakeInput], tuple[Any, ...]]
     flops: Callable[[], int]
-    settings: dict[str, Any]
-    carries: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    feeds_back: bool = False
+
+    def abstract_inputs(self) -> tuple[Any, ...]:
+        """Return the arguments' shapes and shardings on the current mesh."""
+        return self.make_inputs(abstract_input)
+
+    def materialise(self) -> tuple[Any, ...]:
+        """Return real arguments on the current mesh, which a run may use up."""
+        return self.make_inputs(real_input)
 
     def compile(self) -> jax.stages.Compiled:
-        return self.function.lower(*self.inputs(), **self.settings).compile()
+        """Compile for the current mesh; its devices need not be here."""
+        return self.function.lower(*self.abstract_inputs(), **self.settings).compile()
 
 
-def make_programs(
-    networks: Networks,
-    *,
-    frames: int,
-    height: int,
-    width: int,
-    mesh: jax.sharding.Mesh | None = None,
-) -> dict[str, Program]:
-    """Returns the five programs in which a run spends its time, by name.
-
-    Args:
-        height, width: Pixels.
-        mesh: Of devices that are not here, for which programs are to be compiled and not run. By
-            default inputs are real, on the mesh in force.
-    """
-    unet, vae, schedule = networks.unet, networks.vae, networks.schedule
-    grid = 1, frames, height // vae.config.downsampling, width // vae.config.downsampling
+def tune_step_program(networks: Networks, size: Size) -> Program:
+    """Return a training step on one clip."""
+    unet, schedule, clip = networks.unet, networks.schedule, clip_shapes(networks, size)
     labels = label_params(unet.params, TRAINABLE_MODULES)
     optimizer = make_optimizer(labels, LEARNING_RATE)
 
-    def of(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    latents, moments = of(*grid, unet.config.in_channels), of(*grid, 2 * unet.config.in_channels)
-    context = of(1, TEXT_TOKENS, unet.config.cross_attention_dim)
-    pixel_values, timesteps = of(1, frames, height, width, 3), jax.ShapeDtypeStruct((1,), jnp.int32)
-
-    def place(tree: Any, lie: Any = storage) -> Any:
-        def one(x: Any) -> Any:
-            if isinstance(x, jax.ShapeDtypeStruct):
-                return jax.random.normal(jax.random.key(0), x.shape, x.dtype)
-            return jnp.array(x)  # a copy: a run may use it up
-
-        if mesh is None:
-            return laid(jax.tree.map(one, tree), lie)
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            tree,
-            lie(tree, mesh),
-        )
-
-    def begin(unet: Network[UNet3DConditionModel]) -> TrainState:
+    def init(unet: Network[UNet3DConditionModel]) -> TrainState:
         return init_state(unet, optimizer, jax.random.key(0))
 
-    def state() -> TrainState:
-        return begin(place(unet)) if mesh is None else place(jax.eval_shape(begin, unet))
+    def gradients(unet: Network, latents: Any, timesteps: Any, context: Any) -> Any:
+        batch = NoisedBatch(latents, latents, timesteps)
+        return loss_and_gradients(unet, labels, schedule, batch, context)
 
-    # Kernels hide their products and recomputation repeats them: counted is the method's work.
-    plain = unet.with_config(attention="einsum", gradient_checkpointing="none")
+    return Program(
+        compile_train_step(networks.vae.config.scaling_factor, optimizer=optimizer, labels=labels),
+        lambda make: (
+            make(unet, init=init),
+            make(clip.moments, videos),
+            make(clip.context),
+            make(schedule),
+        ),
+        lambda: count_flops(
+            gradients, with_visible_products(unet), clip.latents, clip.timesteps, clip.context
+        ),
+        feeds_back=True,
+    )
 
-    def forward_flops(batch: int) -> int:
+
+def guided_step_program(networks: Networks, size: Size) -> Program:
+    """Return a DDIM step with classifier-free guidance."""
+    context = clip_shapes(networks, size).context
+    return sampling_program(
+        ddim_sample_loop, networks, size, [context, context], guidance=(GUIDANCE_SCALE,)
+    )
+
+
+def inversion_step_program(networks: Networks, size: Size) -> Program:
+    """Return a step of DDIM inversion."""
+    context = clip_shapes(networks, size).context
+    return sampling_program(ddim_invert_loop, networks, size, [context])
+
+
+def sampling_program(
+    loop: Any,
+    networks: Networks,
+    size: Size,
+    contexts: Sequence[jax.ShapeDtypeStruct],
+    guidance: tuple[float, ...] = (),
+) -> Program:
+    """Return the first step of a sampling loop, which predicts noise once for each context."""
+    unet, clip = networks.unet, clip_shapes(networks, size)
+
+    def flops() -> int:
         inputs = (
-            jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
-            for x in (latents, timesteps, context)
+            jax.ShapeDtypeStruct((len(contexts), *shape.shape[1:]), shape.dtype)
+            for shape in (clip.latents, clip.timesteps, clip.context)
         )
-        return count_flops(lambda unet, *inputs: unet(*inputs), plain, *inputs)
+        network = with_visible_products(unet)
+        return count_flops(lambda unet, *inputs: unet(*inputs), network, *inputs)
 
-    def tune_flops() -> int:
-        def gradients(unet: Network, latents: Any, timesteps: Any, context: Any) -> Any:
-            draw = NoisedBatch(latents, latents, timesteps)
-            return loss_and_gradients(unet, labels, schedule, draw, context)
+    def make_inputs(make: MakeInput) -> tuple[Any, ...]:
+        latents, schedule = make(clip.latents, videos), make(networks.schedule)
+        return latents, 0, 1, make(unet), schedule, make(tuple(contexts)), *guidance
 
-        return count_flops(gradients, plain, latents, timesteps, context)
-
-    def loop_inputs(*texts: Any) -> tuple[Any, ...]:
-        guidance = (GUIDANCE_SCALE,) if len(texts) > 1 else ()
-        return place(latents, videos), 0, 1, place(unet), place(schedule), place(texts), *guidance
-
-    return {
-        "tune_step": Program(
-            compile_train_step(vae.config.scaling_factor, optimizer=optimizer, labels=labels),
-            lambda: (state(), place(moments, videos), place(context), place(schedule)),
-            tune_flops,
-            {},
-            carries=True,
-        ),
-        "guided_step": Program(
-            ddim_sample_loop,
-            lambda: loop_inputs(context, context),
-            lambda: forward_flops(2),
-            {"num_steps": STEPS},
-            carries=True,
-        ),
-        "inversion_step": Program(
-            ddim_invert_loop,
-            lambda: loop_inputs(context),
-            lambda: forward_flops(1),
-            {"num_steps": STEPS},
-            carries=True,
-        ),
-        "encode": Program(
-            encode_video,
-            lambda: (place(vae), place(pixel_values, videos)),
-            lambda: count_flops(lambda vae, x: vae.bind().encode(x), vae, pixel_values),
-            {},
-        ),
-        "decode": Program(
-            decode_video,
-            lambda: (place(vae), place(latents, videos)),
-            lambda: count_flops(lambda vae, x: vae.bind().decode(x), vae, latents),
-            {},
-        ),
-    }
+    return Program(loop, make_inputs, flops, {"num_steps": STEPS}, feeds_back=True)
 
 
-def chosen_attention(config: UNetConfig, frames: int, height: int, width: int) -> dict[str, str]:
-    """Returns how attention between frames is computed at each level that has it, by its grid.
+def encode_program(networks: Networks, size: Size) -> Program:
+    """Return the autoencoder's encoding of a clip."""
+    vae, pixel_values = networks.vae, clip_shapes(networks, size).pixel_values
+    return Program(
+        encode_video,
+        lambda make: (make(vae), make(pixel_values, videos)),
+        lambda: count_flops(lambda vae, x: vae.bind().encode(x), vae, pixel_values),
+    )
 
-    Args:
-        height, width: Of the latents.
+
+def decode_program(networks: Networks, size: Size) -> Program:
+    """Return the autoencoder's decoding of a clip."""
+    vae, latents = networks.vae, clip_shapes(networks, size).latents
+    return Program(
+        decode_video,
+        lambda make: (make(vae), make(latents, videos)),
+        lambda: count_flops(lambda vae, x: vae.bind().decode(x), vae, latents),
+    )
+
+
+PROGRAMS: dict[str, Callable[[Networks, Size], Program]] = {
+    "tune_step": tune_step_program,
+    "guided_step": guided_step_program,
+    "inversion_step": inversion_step_program,
+    "encode": encode_program,
+    "decode": decode_program,
+}
+
+
+def make_programs(
+    networks: Networks, *, frames: int, height: int, width: int
+) -> dict[str, Program]:
+    """Return all programs by name, for clips of a size in pixels."""
+    size = Size(frames, height, width)
+    return {name: make(networks, size) for name, make in PROGRAMS.items()}
+
+
+def with_visible_products(unet: Network) -> Network:
+    """Return the network as the method defines it, for `count_flops`.
+
+    Kernels hide their products, and recomputation would count them twice.
     """
-    chosen: dict[str, str] = {}
-    levels = len(config.block_out_channels)
-    for level, channels in enumerate(config.block_out_channels):
-        last = level == levels - 1
-        if not (config.down_attention[level] or config.up_attention[-1 - level] or last):
-            continue
-        # Strided convolutions round up.
-        rows, columns = -(-height // 2**level), -(-width // 2**level)
-        tokens, heads = rows * columns, config.num_attention_heads[level]
-        lengths = {"sparse_causal": [tokens, tokens], "full": [frames * tokens]}
-        chosen[f"{columns}x{rows}"] = (
-            config.attention
-            if config.attention != "auto"
-            else choose_implementation(
-                platform(),
-                config.dtype,
-                (1, frames, tokens, heads, channels // heads),
-                lengths.get(config.attention_scope, [tokens]),
-            )
-        )
-    return chosen
+    return unet.with_config(attention="einsum", gradient_checkpointing="none")

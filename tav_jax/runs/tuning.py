@@ -26,7 +26,15 @@ from tav_jax.runs.config import TuneConfig, ValidationData
 from tav_jax.runs.metrics_log import Stages, keep_metrics, log, log_stages
 from tav_jax.runs.run import Run
 from tav_jax.training.checkpoints import restore_state, save_checkpoint
-from tav_jax.training.memory import Plan, Size, compile_plan, device_bytes, fitting_preset
+from tav_jax.training.memory import (
+    Alternative,
+    DoesNotFitError,
+    Plan,
+    Size,
+    compile_plan,
+    device_bytes,
+    fitting_preset,
+)
 from tav_jax.training.optimizer import Label, label_params, make_lr_schedule, make_optimizer
 from tav_jax.training.train_step import TrainState, check_movement, fingerprints, init_state
 from tav_jax.types import Context, Moments
@@ -241,12 +249,26 @@ def fitting_program(
 
     wanted = config.gradient_checkpointing
     limit = config.memory_limit_gb
-    return fitting_preset(
-        plan,
-        None if wanted == "auto" else wanted,
-        Size(data.n_sample_frames, data.height, data.width),
-        limit * 1e9 if limit else float(device_bytes()),
-    )
+    try:
+        return fitting_preset(
+            plan,
+            None if wanted == "auto" else wanted,
+            Size(data.n_sample_frames, data.height, data.width),
+            limit * 1e9 if limit else float(device_bytes()),
+        )
+    except DoesNotFitError as error:
+        raise error.with_advice(config_keys) from None
+
+
+def config_keys(alternative: Alternative, asked: Size) -> str:
+    """Return the config keys, with values, by which a run becomes an alternative that fits."""
+    preset, size = alternative
+    keys = [f"gradient_checkpointing={preset}"]
+    if size.frames != asked.frames:
+        keys += [f"train_data.n_sample_frames={size.frames}"]
+    if size[1:] != asked[1:]:
+        keys += [f"train_data.height={size.height}", f"train_data.width={size.width}"]
+    return " ".join(keys)
 
 
 def step_settings(config: TuneConfig) -> TuneConfig:

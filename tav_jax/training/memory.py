@@ -1,8 +1,8 @@
-"""Device memory as a promise: what a program will take, what there is, and what would fit."""
+"""Device memory before a run: what a program needs, what there is, and what would fit."""
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,12 +10,14 @@ import jax
 from tav_jax.errors import UserError
 from tav_jax.models.unet import GradientCheckpointing
 
-# From the fastest to the thriftiest.
+# From the fastest to the one that needs least memory.
 PRESETS: tuple[GradientCheckpointing, ...] = ("none", "blocks", "full")
-SIDE_STEP = 64  # pixels: sides that every level of the published networks halves evenly
+SIDE_STEP = 64  # pixels; every level of the published networks halves such sides evenly
 
 
 class Size(NamedTuple):
+    """Frames of a clip, and their height and width in pixels."""
+
     frames: int
     height: int
     width: int
@@ -25,19 +27,75 @@ class Size(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A compiled program, or None where the compiler refuses it, and the bytes it needs.
+    """A compiled program and the memory it needs.
 
     Args:
-        fixed: Those of them that no smaller clip would save: of the arguments.
+        program: None if the compiler refuses it for lack of memory.
+        bytes: What it needs on each device; infinite if the compiler refuses it.
+        fixed: The part of `bytes` that its arguments take, which a smaller clip does not save.
     """
 
     program: Any
     bytes: float
     fixed: float = 0.0
 
+    def fits(self, limit: float) -> bool:
+        """Tell whether the compiler takes the program and it needs no more than `limit` bytes."""
+        return self.program is not None and self.bytes <= limit
+
+
+class Alternative(NamedTuple):
+    """A preset and a size of clip that fit into memory together."""
+
+    preset: GradientCheckpointing
+    size: Size
+
+
+class DoesNotFitError(UserError):
+    """A program that needs more memory than there is.
+
+    The message states the problem. Each command has its own names for presets and sizes, so it
+    words the way out itself, see `with_advice`.
+
+    Attributes:
+        preset: The preset that needs least memory of those that were allowed.
+        size: The size of clip that was asked for.
+        needed: Bytes that they need, or None if the compiler refuses and does not say.
+        limit: Bytes there are; infinite if only the compiler knows.
+        alternatives: What would fit.
+    """
+
+    def __init__(
+        self,
+        preset: GradientCheckpointing,
+        size: Size,
+        *,
+        needed: float | None,
+        limit: float,
+        alternatives: Sequence[Alternative],
+    ):
+        needs = "more" if needed is None else f"{needed / 1e9:.1f} GB"
+        there = "than the device has" if math.isinf(limit) else f"there are {limit / 1e9:.1f} GB"
+        joint = " " if math.isinf(limit) else ", "
+        super().__init__(
+            f"memory: {size} with gradient_checkpointing={preset} need {needs}{joint}{there}"
+        )
+        self.preset, self.size, self.needed, self.limit = preset, size, needed, limit
+        self.alternatives = tuple(alternatives)
+
+    def with_advice(self, describe: Callable[[Alternative, Size], str]) -> UserError:
+        """Return the same error with what would fit, in a command's own words.
+
+        Args:
+            describe: Words one alternative, given it and the size that was asked for.
+        """
+        ways = [describe(alternative, self.size) for alternative in self.alternatives]
+        advice = f"what fits: {', or '.join(ways)}" if ways else "no smaller clip fits either"
+        return UserError(f"{self}; {advice}")
+
 
 def planned_bytes(program: jax.stages.Compiled) -> int:
-    """Returns the bytes that the compiler plans on each device: arguments, results, the rest."""
+    """Return the bytes that the compiler plans per device: arguments, results and temporaries."""
     memory = _analysis(program)
     return (
         memory.argument_size_in_bytes
@@ -56,7 +114,7 @@ def _analysis(program: jax.stages.Compiled) -> Any:
 
 
 def device_bytes() -> int:
-    """Returns the bytes that JAX may use of the first device; on a CPU, the machine's memory."""
+    """Return the bytes that JAX may use of the first device; on a CPU, the machine's memory."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in statistics:
         return statistics["bytes_limit"]
@@ -64,7 +122,11 @@ def device_bytes() -> int:
 
 
 def compile_plan(compile: Callable[[], jax.stages.Compiled]) -> Plan:
-    """Returns the plan of what `compile` gives; of endless bytes if the compiler refuses it."""
+    """Compile a program and return its plan; a refusal for lack of memory is a plan too.
+
+    Args:
+        compile: Returns the compiled program.
+    """
     try:
         program = compile()
     except jax.errors.JaxRuntimeError as error:
@@ -81,58 +143,67 @@ def fitting_preset(
     size: Size,
     limit: float,
 ) -> tuple[GradientCheckpointing, Any]:
-    """Returns the fastest preset that fits into memory, with its program.
+    """Return the fastest preset that fits into memory, and its program.
 
     Args:
         plan: Compiles for a preset and a size of clip.
-        wanted: None leaves the choice open.
-        limit: Bytes.
+        wanted: The only preset allowed; None allows all.
+        size: Of the clip.
+        limit: Bytes that a program may need; infinite if only the compiler knows.
 
     Raises:
-        ValueError: it does not fit; says what would.
+        DoesNotFitError: no allowed preset fits; has what would.
     """
-    asked = PRESETS if wanted is None else (wanted,)
-    for preset in asked:
+    allowed = PRESETS if wanted is None else (wanted,)
+    for preset in allowed:
         planned = plan(preset, size)
-        if planned.bytes <= limit:
+        if planned.fits(limit):
             return preset, planned.program
-    needs = "more" if planned.program is None else f"{planned.bytes / 1e9:.1f} GB"
-    would = list(_what_fits(plan, asked[-1], size, limit))
-    raise UserError(
-        f"memory: {size} with gradient_checkpointing={asked[-1]} need {needs}, there are "
-        f"{limit / 1e9:.1f} GB; "
-        + (f"what fits: {', or '.join(would)}" if would else "no smaller clip fits either")
+    raise DoesNotFitError(
+        allowed[-1],
+        size,
+        needed=None if planned.program is None else planned.bytes,
+        limit=limit,
+        alternatives=list(_find_alternatives(plan, allowed[-1], size, limit)),
     )
 
 
-def _what_fits(
+def _find_alternatives(
     plan: Callable[[GradientCheckpointing, Size], Plan],
     refused: GradientCheckpointing,
     size: Size,
     limit: float,
-) -> Iterator[str]:
+) -> Iterator[Alternative]:
+    """Yield another preset that fits at this size; if none does, fewer frames and smaller ones."""
     for preset in PRESETS[PRESETS.index(refused) + 1 :]:
-        if plan(preset, size).bytes <= limit:
-            yield f"gradient_checkpointing={preset}"
+        if plan(preset, size).fits(limit):
+            yield Alternative(preset, size)
             return
-    thriftiest = PRESETS[-1]
-    least = plan(thriftiest, size)
-    # Memory grows about evenly with the number of pixels; where a plan says otherwise, try less.
+    preset = PRESETS[-1]
+    least = plan(preset, size)
+    # Memory grows roughly in proportion to the number of pixels.
     share = 0.5 if least.program is None else (limit - least.fixed) / (least.bytes - least.fixed)
     if share <= 0:
         return
+    # Where a program needs more than in proportion, smaller shares are tried.
     shares = share, 0.8 * share, 0.5 * share
-    fewer = [size._replace(frames=int(size.frames * share)) for share in shares]
-    sides = [
-        [int(side * math.sqrt(share)) // SIDE_STEP * SIDE_STEP for side in size[1:]]
-        for share in shares
-    ]
-    smaller = [Size(size.frames, *each) for each in sides]
-    for sizes, keys in (
-        (fewer, "n_sample_frames={0}"),
-        (smaller, "height={1} train_data.width={2}"),
+    for candidates in (
+        [_fewer_frames(size, share) for share in shares],
+        [_smaller_sides(size, share) for share in shares],
     ):
-        for tried in sizes:
-            if all(tried) and plan(thriftiest, tried).bytes <= limit:
-                yield f"gradient_checkpointing={thriftiest} train_data.{keys.format(*tried)}"
+        for candidate in candidates:
+            if all(candidate) and plan(preset, candidate).fits(limit):
+                yield Alternative(preset, candidate)
                 break
+
+
+def _fewer_frames(size: Size, share: float) -> Size:
+    return size._replace(frames=int(size.frames * share))
+
+
+def _smaller_sides(size: Size, share: float) -> Size:
+    """Return the size with `share` of its pixels or fewer, its sides multiples of `SIDE_STEP`."""
+    height, width = (
+        int(side * math.sqrt(share)) // SIDE_STEP * SIDE_STEP for side in (size.height, size.width)
+    )
+    return Size(size.frames, height, width)

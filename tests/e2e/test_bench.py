@@ -1,4 +1,4 @@
-"""`python -m tav_jax.bench`: what it prints, and that its figures are of what they say."""
+"""`python -m tav_jax.bench`: what it prints, and that its metrics are of what they say."""
 
 import json
 import re
@@ -8,20 +8,20 @@ from importlib.util import find_spec
 
 import pytest
 
-from tav_jax.bench.__main__ import __main__ as bench
+from tav_jax.bench import __main__ as bench
 from tav_jax.bench.programs import make_programs, random_networks
 
 TINY = ["--network", "small", "--frames", "2", "--size", "32", "--repeats", "1"]
 PROMISED = {"tune_step_ms", "guided_step_ms", "inversion_step_ms", "compile_s", "peak_bytes"}
 
 
-def figures(capsys, *arguments):
+def metrics(capsys, *arguments):
     assert bench.main([*arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def test_a_models_folder_is_measured_and_printed_as_json_alone(capsys):
-    row = figures(
+    row = metrics(
         capsys, "--model", "tiny-scenes", "--frames", "2", "--size", "16", "--repeats", "1"
     )
     assert row.keys() >= PROMISED
@@ -32,7 +32,7 @@ def test_a_models_folder_is_measured_and_printed_as_json_alone(capsys):
 
 
 def test_every_combination_has_a_row_and_a_point_in_the_plot(capsys, tmp_path):
-    rows = figures(
+    rows = metrics(
         capsys,
         *TINY[:2],
         *["--frames", "1,2", "--size", "32", "--repeats", "1", "--programs", "inversion_step"],

@@ -2,14 +2,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tav_jax.bench.arguments import bench_flags
+from tav_jax.errors import UserError
+from tav_jax.runs.tuning import config_keys
 from tav_jax.training.memory import (
+    Alternative,
+    DoesNotFitError,
     Plan,
     Size,
     compile_plan,
     device_bytes,
-    fitting_preset,
     planned_bytes,
 )
+from tav_jax.training.memory import fitting_preset as raw_fitting_preset
 
 SIZE = Size(8, 512, 512)
 
@@ -18,6 +23,14 @@ def plan(preset, size):
     """A program needs 1 byte a frame and pixel, more where more is kept."""
     kept = {"none": 9, "blocks": 3, "full": 1}[preset]
     return Plan((preset, size), float(kept * size.frames * size.height * size.width))
+
+
+def fitting_preset(*arguments):
+    """Call `fitting_preset` as the tuning command does, with its words for what would fit."""
+    try:
+        return raw_fitting_preset(*arguments)
+    except DoesNotFitError as error:
+        raise error.with_advice(config_keys) from None
 
 
 CLIP = 8 * 512 * 512
@@ -50,6 +63,30 @@ def test_a_clip_that_does_not_fit_is_refused_with_the_frames_and_sides_that_do()
         "gradient_checkpointing=full train_data.n_sample_frames=4, or "
         "gradient_checkpointing=full train_data.height=320 train_data.width=320"
     )
+
+
+def test_a_refusal_has_what_fits_as_values_and_every_command_words_it():
+    with pytest.raises(DoesNotFitError) as refused:
+        raw_fitting_preset(plan, None, SIZE, CLIP / 2)
+    error = refused.value
+    assert (error.preset, error.size, error.limit) == ("full", SIZE, CLIP / 2)
+    assert error.alternatives == (
+        Alternative("full", Size(4, 512, 512)),
+        Alternative("full", Size(8, 320, 320)),
+    )
+    assert isinstance(error, UserError)
+    assert str(error.with_advice(bench_flags)).endswith(
+        "what fits: --gradient-checkpointing full --frames 4, or "
+        "--gradient-checkpointing full --size 320"
+    )
+
+
+def test_the_compiler_alone_can_refuse_where_the_limit_is_not_known():
+    def refused_above_three_frames(preset, size):
+        return Plan(None, float("inf")) if size.frames > 3 else Plan("program", 1.0)
+
+    with pytest.raises(UserError, match=r"need more than the device has; .*n_sample_frames=3$"):
+        fitting_preset(refused_above_three_frames, None, SIZE, float("inf"))
 
 
 def test_what_does_not_shrink_with_the_clip_is_not_hoped_to():

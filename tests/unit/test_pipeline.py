@@ -3,6 +3,7 @@
 import io
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,8 @@ def terminal(monkeypatch):
     """A terminal, to which bars show every move."""
     terminal = Terminal()
     monkeypatch.setattr("tav_jax.progress.tqdm", partial(tqdm, file=terminal, mininterval=0))
-    monkeypatch.setattr("sys.stderr", terminal)
+    # Not the real one, which pytest puts back before the test begins.
+    monkeypatch.setattr("tav_jax.progress.sys", SimpleNamespace(stderr=terminal))
     return terminal
 
 
