@@ -21,6 +21,48 @@ from tav_jax.models.network import Network, parameter_shapes
 from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
 from tav_jax.models.vae import AutoencoderKL, VAEConfig
 
+# Which tests run when, by file. docs/testing.md has the reasons and the times. What is in neither
+# table runs by default.
+QUICK = {
+    "unit/test_checkpointing.py",
+    "unit/test_config.py",
+    "unit/test_console.py",
+    "unit/test_cuda_lowering.py",
+    "unit/test_files.py",
+    "unit/test_imports.py",
+    "unit/test_measure.py",
+    "unit/test_memory.py",
+    "unit/test_package.py",
+    "unit/test_partition.py",
+    "unit/test_processes.py",
+    "unit/test_published_config.py",
+    "unit/test_schedule.py",
+    "unit/test_shipped_files.py",
+}
+FULL = {
+    "e2e/test_base_model.py",
+    "e2e/test_bench.py",
+    "e2e/test_distributed.py",
+    "e2e/test_edit.py",
+    "e2e/test_experiments.py",
+    "e2e/test_mesh.py",
+    "e2e/test_pretrain.py",
+    "e2e/test_readme.py",
+    "parity/test_golden.py",
+    "unit/test_sharding.py",
+}
+
+
+def pytest_collection_modifyitems(items):
+    """Marks tests by the tables above, for `-m quick` and `-m "not full"`."""
+    tests = Path(__file__).parent
+    for item in items:
+        file = item.path.relative_to(tests).as_posix()
+        for tier, files in (("quick", QUICK), ("full", FULL)):
+            if file in files:
+                item.add_marker(tier)
+
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Of which only tests of meshes use more than the first.
 jax.config.update("jax_num_cpu_devices", 8)

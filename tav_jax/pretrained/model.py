@@ -234,7 +234,7 @@ def tokenize(model: Model, prompts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
         if len(ids) > length:
             lost = model.tokenizer.decode(ids[length - 1 : -1])
             warnings.warn(
-                f"prompt of {len(ids)} tokens, {length} are read; cut off: '{lost}'", stacklevel=1
+                f"prompt of {len(ids)} tokens, {length} are read; cut off: '{lost}'", stacklevel=2
             )
     padded = model.tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True

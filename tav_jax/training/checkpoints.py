@@ -6,7 +6,8 @@ so that a step is there whole or not at all.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,7 @@ def restore_item(path: Path, item: str, like: Any) -> Any:
 
 def _differences(item: Path, like: Params) -> list[str]:
     """Returns which parameters on disk have other names or shapes than those expected."""
-    # Orbax warns that an item has no metadata of a whole checkpoint, which is one folder up.
-    logging.getLogger("absl").addFilter(lambda record: "Metadata file" not in record.getMessage())
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _without_metadata_warning(), ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(item.absolute()).item_metadata
     if metadata is None:  # damaged, as restoring will say
         return []
@@ -119,6 +118,21 @@ def _differences(item: Path, like: Params) -> list[str]:
         for name in sorted(there.keys() | here.keys())
         if there.get(name) != here.get(name)
     ]
+
+
+@contextmanager
+def _without_metadata_warning() -> Iterator[None]:
+    """Hide Orbax's warning that an item has no metadata of a checkpoint, which is one folder up."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "Metadata file" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tav_jax import pipeline
-from tav_jax.models.attention.dispatch import dispatch as attention
+from tav_jax.models.attention import einsum as attention
 from tav_jax.pipeline import edit_clip, encode_frames, encode_prompts, tune_clip
 from tav_jax.pretrained.model import Model, load_model
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params

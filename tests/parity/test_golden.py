@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 import tav_jax as tav
-from tav_jax.models.attention.dispatch import chunked
+from tav_jax.models.attention import chunked
 from tav_jax.models.network import in_modules
 
 # One prompt of the text case is too long on purpose.
