@@ -14,6 +14,7 @@ from tav_jax.parallel import processes as distributed
 from tav_jax.runs.config import parse_mesh
 from tav_jax.runs.render import sample_run
 from tav_jax.runs.samples import Sample, plan_samples
+from tav_jax.runs.sampling_settings import explain_if_wrong
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -74,18 +75,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> None:
-    bounds = {
-        "num_inference_steps": (1, 999),
-        "num_inv_steps": (1, 999),
-        "batch_size": (1, float("inf")),
-        "guidance_scale": (0, float("inf")),
-        "eta": (0, 1),
-    }
+    names = ("num_inference_steps", "num_inv_steps", "guidance_scale", "eta")
     problems = [
-        f"--{name.replace('_', '-')} {value}: expected {low} to {high}"
-        for name, (low, high) in bounds.items()
-        if (value := getattr(args, name)) is not None and not low <= value <= high
+        f"--{name.replace('_', '-')} {value}: {expected}"
+        for name in names
+        if (value := getattr(args, name)) is not None
+        and (expected := explain_if_wrong(name, value))
     ]
+    if args.batch_size < 1:
+        problems.append(f"--batch-size {args.batch_size}: expected 1 or more")
     if problems:
         raise UserError("\n".join(problems))
 

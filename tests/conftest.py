@@ -36,6 +36,7 @@ QUICK = {
     "unit/test_partition.py",
     "unit/test_processes.py",
     "unit/test_published_config.py",
+    "unit/test_sampling_settings.py",
     "unit/test_schedule.py",
     "unit/test_shipped_files.py",
 }

@@ -5,15 +5,16 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from tav_jax.diffusion.samplers import SamplerName
 from tav_jax.errors import UserError
 from tav_jax.runs.samples import Job, Sample, plan_samples
+from tav_jax.runs.sampling_settings import Eta, GuidanceScale, NumSteps, Seed
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -22,13 +23,13 @@ class Item:
 
     run: str
     prompt: str
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Seed | None = None
     negative_prompt: str | None = None
-    guidance_scale: Annotated[float, Field(ge=0)] | None = None
-    num_inference_steps: Annotated[int, Field(gt=0, lt=1000)] | None = None
-    num_inv_steps: Annotated[int, Field(gt=0, lt=1000)] | None = None
+    guidance_scale: GuidanceScale | None = None
+    num_inference_steps: NumSteps | None = None
+    num_inv_steps: NumSteps | None = None
     sampler: SamplerName | None = None
-    eta: Annotated[float, Field(ge=0, le=1)] | None = None
+    eta: Eta | None = None
     use_inv_latent: bool = True
 
     def to_sample(self, default: Sample) -> Sample:

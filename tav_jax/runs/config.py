@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 from tav_jax.diffusion.samplers import SamplerName, check_eta
 from tav_jax.errors import UserError
 from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
+from tav_jax.runs.sampling_settings import Eta, GuidanceScale, NumSteps, Seed
 from tav_jax.settings import flatten, merge_trees, override, parse, read_tree, read_yaml, to_plain
 from tav_jax.training.optimizer import TRAINABLE_MODULES, LRScheduler
 
@@ -93,12 +94,12 @@ class ValidationData:
     video_length: PositiveInt | None = None
     width: Size | None = None
     height: Size | None = None
-    num_inference_steps: Annotated[int, Field(gt=0, lt=1000)] = 50
+    num_inference_steps: NumSteps = 50
     sampler: SamplerName = "ddim"
-    guidance_scale: NonNegativeFloat = 12.5
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    guidance_scale: GuidanceScale = 12.5
+    eta: Eta = 0.0
     use_inv_latent: bool = True
-    num_inv_steps: Annotated[int, Field(gt=0, lt=1000)] = 50
+    num_inv_steps: NumSteps = 50
     video_format: Literal["mp4", "gif"] = "mp4"
     fps: PositiveFloat = 8.0
 
@@ -170,7 +171,7 @@ class TuneConfig:
         str | None, BeforeValidator(lambda value: None if value == "latest" else value)
     ] = None
     mixed_precision: Precision = "no"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # what a key can be made of
+    seed: Seed = 0
     attention_scope: AttentionScope = "sparse_causal"
     mesh: MeshSizes = Field(default_factory=MeshSizes)
     revision: str | None = None
