@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 
 import tav_jax as tav
 from tav_jax.diffusion.schedule import add_noise, ddim_timesteps, velocity
+from tav_jax.files import atomic_write
 from tav_jax.models.attention.dispatch import AttentionImplementation
 from tav_jax.models.network import Network
 from tav_jax.models.unet import GradientCheckpointing, UNet3DConditionModel
@@ -94,6 +95,7 @@ class GoldenSet:
     """
 
     def __init__(self, folder: Path, **changes: Any):
+        self.folder = folder
         self.tensors = load_file(folder / "cases.safetensors")
         self.settings = json.loads((folder / "cases.json").read_text())
         self.base = stable_diffusion.load_model(folder / "base", **changes)
@@ -303,6 +305,7 @@ def main() -> int:
     parser.add_argument(
         "--mesh", default="frames=1", metavar="AXES", help="of this machine's devices: frames=8"
     )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there too")
     args = parser.parse_args()
     # A case of other numbers of frames is computed whole by each device.
     mesh = make_mesh(asdict(parse_mesh(args.mesh)), frames=8)
@@ -312,22 +315,45 @@ def main() -> int:
                 args.folder,
                 attention=args.attention,
                 gradient_checkpointing=args.gradient_checkpointing,
-            )
+            ),
+            args.markdown,
         )
 
 
-def report(golden: GoldenSet) -> int:
-    """Prints a line a comparison; returns 1 if any is over its tolerance, or else 0."""
+PAGE = """# Parity with the published code
+
+Written by `python tests/golden.py {folder} --markdown FILE` on a {device}, in float32.
+"Measured" is the norm of the difference divided by the norm of the reference, unless the last
+column says otherwise. A case passes if "measured" is at most "allowed".
+
+| case | max abs | max rel | measured | allowed | measure |
+|---|---|---|---|---|---|
+"""
+
+
+def report(golden: GoldenSet, markdown: Path | None = None) -> int:
+    """Prints a line a comparison; returns 1 if any is over its tolerance, or else 0.
+
+    Args:
+        golden: The set.
+        markdown: A file for the same table, as docs/parity.md has it.
+    """
+    page = PAGE.format(folder=golden.folder, device=jax.default_backend().upper())
     print(f"{'case':32} {'max abs':>9} {'max rel':>9} {'measured':>9} {'allowed':>9}  measure")
     failed = 0
     for run in cases(golden).values():
         for row in run(golden):
             failed += not row.passed
+            numbers = row.max_abs, row.max_rel, row.measured, row.tolerance
+            page += f"| {row.name} | {' | '.join(f'{x:.1e}' for x in numbers)} | {row.measure} |\n"
             print(
                 f"{row.name:32} {row.max_abs:9.1e} {row.max_rel:9.1e} {row.measured:9.1e} "
                 f"{row.tolerance:9.1e}  {row.measure:12} {'ok' if row.passed else 'OVER'}"
             )
     print(f"{failed} over" if failed else "all within tolerance")
+    if markdown is not None:
+        with atomic_write(markdown) as path:
+            path.write_text(page, encoding="utf-8")
     return 1 if failed else 0
 
 

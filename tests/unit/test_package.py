@@ -9,6 +9,8 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+
 import tav_jax as tav
 
 ROOT = Path(__file__).parents[2]
@@ -72,3 +74,15 @@ def test_console_scripts_name_functions_that_exist():
         module, _, function = target.partition(":")
         tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("name", ["pretrain", "experiments", "text_to_image"])
+def test_the_commands_of_the_drawn_world_still_have_their_former_names(name):
+    result = subprocess.run(
+        [sys.executable, "-m", f"tav_jax.scenes.{name}", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"python -m tav_jax.worlds.{name}" in result.stdout

@@ -1,0 +1,1 @@
+"""Former names of the commands in `tav_jax.worlds`."""
