@@ -14,7 +14,6 @@ from run_lines import read_lines, read_metrics
 from safetensors.numpy import load_file, save_file
 
 from tav_jax import tune
-from tav_jax.runs.config import load_config
 from tav_jax.runs.run import Run
 from tav_jax.training.checkpoints import restore_state
 from tav_jax.training.optimizer import label_params, make_optimizer, select
@@ -165,8 +164,7 @@ def test_the_overviews_show_the_clip_and_all_edits(finished_run):
     beside = read_frames(
         folder / "side-by-side.mp4", n_sample_frames=4, width=4 * 32, height=32
     ).astype(int)
-    config, _ = load_config(finished_run.folder / "config.yaml")
-    source = tune.read_clip(config)
+    source = Run.open(finished_run.folder).clip()
     # Video compression leaves a few levels of error, and mixes colours across edges.
     for index, video in enumerate([source, *(read_all(folder / f"{p}.mp4") for p in PROMPTS)]):
         tile = beside[:, :, 32 * index : 32 * (index + 1)]
@@ -549,7 +547,7 @@ WRONG_INPUT = [
     pytest.param(["output_dir={tmp}/notes.mp4"], ["notes.mp4 exists and is no run"], id="a file"),
     pytest.param(
         ["output_dir={tmp}/notes.mp4/run"],
-        ["nothing can be written in", "notes.mp4"],
+        ["is not writable", "notes.mp4"],
         id="a file on the way",
     ),
     pytest.param(
