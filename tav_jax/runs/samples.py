@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from tav_jax.diffusion.samplers import SamplerName, check_eta
-from tav_jax.errors import ExistingFileError
+from tav_jax.errors import ExistingFileError, UserError
+from tav_jax.files import first_unwritable_parent
 from tav_jax.runs.config import TuneConfig
 from tav_jax.runs.run import Run
 
@@ -163,6 +164,8 @@ def plan_samples(
     step = run.find_step(step)
     samples = list(dict.fromkeys(make_samples(default_sample(run.config, step))))
     folder = Path(output_dir) if output_dir else run.samples(step)
+    if output_dir and (parent := first_unwritable_parent(folder)):
+        raise UserError(f"--output-dir: {parent} is not a folder that can be written to")
     job = Job(run, step, folder, samples, wanted=[])
     problems: list[str] = []
     named: dict[str, Sample] = {}
