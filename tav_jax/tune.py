@@ -54,9 +54,9 @@ def validate(tuning: Tuning, step: int) -> None:
     run = tuning.run
     default, folder = default_sample(run.config, step), run.samples(step)
     samples = [replace(default, prompt=prompt) for prompt in run.config.validation_data.prompts]
-    is_wanted = [
-        not is_done(sample, folder, run.config.validation_data.video_format) for sample in samples
-    ]
+    is_wanted = distributed.broadcast_from_main(
+        [not is_done(sample, folder, run.config.validation_data.video_format) for sample in samples]
+    )
     render(run, folder, samples, is_wanted, tuning.tuned_model, tuning.stages)
 
 

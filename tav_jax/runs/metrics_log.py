@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""The log of a run: a line for each step's metrics, and where the time goes."""
 
 import json
 import time

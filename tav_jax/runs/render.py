@@ -34,20 +34,18 @@ def render(
 ) -> list[Path]:
     """Write the wanted samples and then the folder's overview; return the videos' paths.
 
-    The model is loaded only if something is wanted. In a job of several processes the main
-    process decides what is wanted.
+    The model is loaded only if something is wanted.
 
     Args:
         run: The run to sample from.
         folder: Takes the videos.
         samples: All that are asked for.
-        is_wanted: For each sample whether it is to be made.
+        is_wanted: For each sample whether it is to be made; the same in all processes.
         load_model: Gives the run's model at the samples' checkpoint.
         stages: Is told the time of inversion, sampling, decoding and writing.
         batch_size: Prompts and seeds sampled at once.
     """
-    flags = broadcast_from_main(is_wanted)
-    wanted = [sample for sample, flag in zip(samples, flags, strict=True) if flag]
+    wanted = [sample for sample, flag in zip(samples, is_wanted, strict=True) if flag]
     fresh: dict[Path, Frames] = {}
     written = []
     if wanted:
@@ -82,7 +80,6 @@ def write_samples(
     for group in group_by_batch_key(samples):
         size = min(batch_size, len(group))
         for start in range(0, len(group), size):
-            raise_if_interrupted()
             batch = group[start : start + size]
             yield from write_batch(run, model, batch, folder, stages, size=size)
 
@@ -109,6 +106,7 @@ def write_batch(
         size: Items that are sampled at once.
         alone: See `Run.inverted_latents`.
     """
+    raise_if_interrupted()
     frames, height, width = sample_size(run.config)
     common = batch[0].batch_key
     filled = batch + batch[-1:] * (size - len(batch))
@@ -157,11 +155,12 @@ def _write_sample(sample: Sample, video: Frames, folder: Path, run: Run) -> Path
 def sample_run(job: Job, *, batch_size: int = 1) -> list[Path]:
     """Write the videos of a job that are missing; return their paths."""
     run = job.run
-    is_wanted = [sample in job.wanted for sample in job.samples]
+    is_wanted = broadcast_from_main([sample in job.wanted for sample in job.samples])
     if skipped := is_wanted.count(False):
         say(f"{skipped} of {len(job.samples)} videos are there already: skipped")
     warn_unused_seeds(job.wanted)
-    with on_mesh(run.mesh()):
+    # Without a video to make no devices are needed, which a run of many may lack here.
+    with on_mesh(run.mesh()) if any(is_wanted) else nullcontext():
         return render(
             run,
             job.folder,
