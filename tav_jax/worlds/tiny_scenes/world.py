@@ -168,7 +168,7 @@ def sample_scenes(
     scenes = []
     for pair, background, style, motion_index, seed, (a, b, c, d) in kinds:
         (subject, colour), motion = pairs[pair], motions[motion_index]
-        radius, largest = (6 + 3 * a,) * 2
+        radius = largest = 6 + 3 * a
         if motion == "growing":
             radius, largest = 5 + a, 8.5 + a
         side, up, down = (MARGIN + largest * extent for extent in EXTENTS[subject])
