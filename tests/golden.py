@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -25,8 +25,9 @@ import tav_jax as tav
 from tav_jax.diffusion.schedule import add_noise, ddim_timesteps, velocity
 from tav_jax.files import atomic_write
 from tav_jax.models.attention.dispatch import AttentionImplementation
+from tav_jax.models.compute import GradientCheckpointing
 from tav_jax.models.network import Network
-from tav_jax.models.unet import GradientCheckpointing, UNet3DConditionModel
+from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.parallel.sharding import denoiser, laid, make_mesh, on_mesh
 from tav_jax.pretrained import model as stable_diffusion
 from tav_jax.pretrained import weights
@@ -91,15 +92,25 @@ class GoldenSet:
     """One folder of reference cases.
 
     Args:
-        changes: Fields of the U-Net's config: ways of computing that must not change a result.
+        attention, gradient_checkpointing: As `tav.load_model` takes them. No result depends on
+            them, apart from rounding.
     """
 
-    def __init__(self, folder: Path, **changes: Any):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        attention: AttentionImplementation = "auto",
+        gradient_checkpointing: GradientCheckpointing = "none",
+    ):
         self.folder = folder
         self.tensors = load_file(folder / "cases.safetensors")
         self.settings = json.loads((folder / "cases.json").read_text())
-        self.base = stable_diffusion.load_model(folder / "base", **changes)
-        tuned = stable_diffusion.load_unet(folder / "tuned" / "unet").with_config(**changes)
+        self.base = stable_diffusion.load_model(
+            folder / "base", attention=attention, gradient_checkpointing=gradient_checkpointing
+        )
+        tuned = stable_diffusion.load_unet(folder / "tuned" / "unet")
+        tuned = replace(tuned, compute=self.base.unet.compute)
         self.tuned = self.base.with_unet(laid(tuned))
 
     def case(self, name: str) -> dict[str, Any]:

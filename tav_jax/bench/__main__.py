@@ -17,6 +17,7 @@ from tav_jax.bench.tables import plot, table, to_json
 from tav_jax.bench.topology import topology_devices
 from tav_jax.console import command, say
 from tav_jax.errors import UserError
+from tav_jax.models.compute import PRECISION_DTYPES
 from tav_jax.parallel.sharding import make_mesh, on_mesh
 from tav_jax.runs.config import parse_mesh
 from tav_jax.training.memory import DoesNotFitError, Size
@@ -48,7 +49,7 @@ def _load(args: argparse.Namespace, name: str, dtype: str) -> Networks:
     factor = networks.vae.config.downsampling
     if odd := [side for side in args.size if side % factor]:
         raise UserError(f"--size {odd}: this model takes multiples of {factor}")
-    return networks.with_unet_config(attention=args.attention)
+    return networks.with_unet_compute(attention_implementation=args.attention)
 
 
 @command
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     small = not args.aot and jax.default_backend() == "cpu"
     args.size = args.size or [256 if small else 512]
     precision = args.precision or ("no" if small else "bf16")
-    dtype = "float32" if precision == "no" else "bfloat16"
+    dtype = PRECISION_DTYPES[precision]
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: expected 1 or more")
     if args.plot and compile_only:

@@ -15,7 +15,7 @@ from tav_jax.bench.attention import chosen_attention
 from tav_jax.bench.hlo import collective_bytes
 from tav_jax.bench.programs import PROGRAMS, Networks, Program, tune_step_program
 from tav_jax.models.attention.dispatch import AttentionScope
-from tav_jax.models.unet import GradientCheckpointing
+from tav_jax.models.compute import GradientCheckpointing
 from tav_jax.training.memory import (
     Plan,
     Size,
@@ -135,7 +135,7 @@ def measure_program(
         preset, program, compiled = compile_tune_step(networks, setting, limit)
     else:
         # Nothing else has a backward pass to keep activations for.
-        plain = networks.with_unet_config(gradient_checkpointing="none")
+        plain = networks.with_unet_compute(gradient_checkpointing="none")
         program = PROGRAMS[name](plain, setting.size)
         compiled = program.compile()
     compile_seconds = time.perf_counter() - began
@@ -160,7 +160,7 @@ def compile_tune_step(
     """
 
     def make(preset: GradientCheckpointing, size: Size) -> Program:
-        return tune_step_program(networks.with_unet_config(gradient_checkpointing=preset), size)
+        return tune_step_program(networks.with_unet_compute(gradient_checkpointing=preset), size)
 
     def plan(preset: GradientCheckpointing, size: Size) -> Plan:
         return compile_plan(make(preset, size).compile)

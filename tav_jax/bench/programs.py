@@ -10,6 +10,7 @@ import numpy as np
 
 from tav_jax.bench.flops import count_flops
 from tav_jax.diffusion.schedule import NoiseSchedule
+from tav_jax.models.compute import ComputeOptions
 from tav_jax.models.network import Network, in_modules, init_network, parameter_shapes
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import AutoencoderKL
@@ -54,6 +55,10 @@ class Networks:
         """Return the same parameters, with some fields of the U-Net's config changed."""
         return replace(self, unet=self.unet.with_config(**changes))
 
+    def with_unet_compute(self, **changes: Any) -> "Networks":
+        """Return the same networks, with some of the U-Net's `ComputeOptions` changed."""
+        return replace(self, unet=self.unet.with_compute(**changes))
+
 
 def load_networks(folder: str, dtype: str) -> Networks:
     """Return the networks of a model, given its folder, id or name."""
@@ -71,7 +76,6 @@ def random_networks(name: str, dtype: str, *, only_shapes: bool = False) -> Netw
     """
 
     def make(module_class: type, config: Any, float32_modules: tuple[str, ...]) -> Network:
-        config = replace(config, dtype=dtype)
         if only_shapes:
             params: dict[str, Any] = parameter_shapes(module_class, config)
         else:
@@ -83,7 +87,7 @@ def random_networks(name: str, dtype: str, *, only_shapes: bool = False) -> Netw
                 if only_shapes
                 else np.asarray(value.astype(kept))
             )
-        return Network(module_class, config, params)
+        return Network(module_class, config, params, ComputeOptions(dtype=dtype))
 
     configs = {part: CONFIGS[part] | NETWORKS[name].get(part, {}) for part in ("unet", "vae")}
     unet_config = published_config.read_unet_config(configs["unet"])
@@ -300,4 +304,4 @@ def with_visible_products(unet: Network) -> Network:
 
     Kernels hide their products, and recomputation would count them twice.
     """
-    return unet.with_config(attention="einsum", gradient_checkpointing="none")
+    return unet.with_compute(attention_implementation="einsum", gradient_checkpointing="none")

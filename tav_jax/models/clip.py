@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from tav_jax.models.attention.einsum import attention
+from tav_jax.models.compute import ComputeOptions
 from tav_jax.models.layers import Embed, LayerNorm, Linear
 from tav_jax.types import Context, TokenIds
 
@@ -25,7 +26,6 @@ class CLIPTextConfig:
     max_position_embeddings: int
     layer_norm_eps: float
     hidden_act: Literal["quick_gelu", "gelu"]
-    dtype: str = "float32"
 
 
 def quick_gelu(x: Float[Array, "*axes c"]) -> Float[Array, "*axes c"]:
@@ -109,9 +109,9 @@ class TextTransformer(nnx.Module):
 
 
 class CLIPTextModel(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: CLIPTextConfig, compute: ComputeOptions, *, rngs: nnx.Rngs):
         self.text_model = TextTransformer(config, rngs=rngs)
-        self.dtype = config.dtype
+        self.dtype = compute.dtype
 
     def __call__(self, input_ids: TokenIds) -> Context:
         """Returns the last layer's states after the final norm, float32.

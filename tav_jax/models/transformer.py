@@ -93,13 +93,13 @@ class BasicTransformerBlock(nnx.Module):
         *,
         context_dim: int,
         attention_scope: AttentionScope,
-        attention: AttentionImplementation = "auto",
+        attention_implementation: AttentionImplementation = "auto",
         temporal_attention: bool = True,
         keep_inputs_only: bool = False,
         rngs: nnx.Rngs,
     ):
-        within = partial(spatial_attention, implementation=attention)
-        between = partial(FRAME_ATTENTION[attention_scope], implementation=attention)
+        within = partial(spatial_attention, implementation=attention_implementation)
+        between = partial(FRAME_ATTENTION[attention_scope], implementation=attention_implementation)
         make = partial(Attention, dim, num_attention_heads, rngs=rngs)
         self.norm1 = LayerNorm(dim)
         self.attn1 = make(attend=between)

@@ -7,7 +7,7 @@ At one frame, with the temporal attention at its start, it is the image U-Net.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +16,18 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from tav_jax.models.attention.dispatch import (
-    AttentionImplementation,
-    AttentionScope,
-)
+from tav_jax.models.attention.dispatch import AttentionScope
+from tav_jax.models.compute import ComputeOptions
 from tav_jax.models.layers import Conv, Downsample, GroupNorm, Linear, ResnetBlock, Upsample
 from tav_jax.models.transformer import BasicTransformerBlock
 from tav_jax.types import Context, KeysValues, Latents, TextKeysValues, Timesteps
-
-GradientCheckpointing = Literal["none", "blocks", "full"]
 
 TRANSFORMER_NORM_EPS = 1e-6  # diffusers' Transformer2DModel; the residual blocks take norm_eps
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The shape of a 3D U-Net, and how it computes.
+    """The shape of a 3D U-Net, and what its attention may look at.
 
     Args:
         block_out_channels: Width of each level, from the finest.
@@ -39,16 +35,11 @@ class UNetConfig:
             counts from the coarsest, as the published `up_block_types` does.
         num_attention_heads: Heads of each level. The published config has these numbers under
             the name `attention_head_dim`.
-        sample_size: Side of the latents it was trained on; says nothing here, and is handed on
-            to saved configs.
+        sample_size: Side of the latents it was trained on. Nothing here reads it; it is written
+            because the published pipeline reads it from saved configs.
         attention_scope: What a frame's self-attention may look at.
         temporal_attention: Without it, and "spatial", frames meet in the group norms alone; at
             one frame that is the image U-Net, with exactly its parameters.
-        attention: How attention is computed, see `tav_jax.models.attention.dispatch`.
-        gradient_checkpointing: What is kept for the backward pass; the rest is computed again.
-            "none" keeps everything, "blocks" the inputs of residual blocks and transformers;
-            under "full", when a transformer is computed again, the inputs of its four parts.
-        dtype: Type of the computation; statistics and softmax are float32 in any case.
     """
 
     in_channels: int
@@ -67,9 +58,6 @@ class UNetConfig:
     sample_size: int = 64
     attention_scope: AttentionScope = "sparse_causal"
     temporal_attention: bool = True
-    attention: AttentionImplementation = "auto"
-    gradient_checkpointing: GradientCheckpointing = "none"
-    dtype: str = "float32"
 
 
 def timestep_embedding(
@@ -101,7 +89,13 @@ class Transformer3D(nnx.Module):
     """Transformer blocks over the tokens of a video, in and out through a projection."""
 
     def __init__(
-        self, channels: int, num_attention_heads: int, config: UNetConfig, *, rngs: nnx.Rngs
+        self,
+        channels: int,
+        num_attention_heads: int,
+        config: UNetConfig,
+        compute: ComputeOptions,
+        *,
+        rngs: nnx.Rngs,
     ):
         project = Linear if config.use_linear_projection else pointwise_conv
         self.norm = GroupNorm(config.norm_num_groups, channels, eps=TRANSFORMER_NORM_EPS)
@@ -113,9 +107,9 @@ class Transformer3D(nnx.Module):
                     num_attention_heads,
                     context_dim=config.cross_attention_dim,
                     attention_scope=config.attention_scope,
-                    attention=config.attention,
+                    attention_implementation=compute.attention_implementation,
                     temporal_attention=config.temporal_attention,
-                    keep_inputs_only=config.gradient_checkpointing == "full",
+                    keep_inputs_only=compute.gradient_checkpointing == "full",
                     rngs=rngs,
                 )
             ]
@@ -156,6 +150,7 @@ class Block(nnx.Module):
         in_channels: list[int],
         out_channels: int,
         config: UNetConfig,
+        compute: ComputeOptions,
         *,
         num_attention_heads: int,
         num_transformers: int,
@@ -175,7 +170,7 @@ class Block(nnx.Module):
             for width in in_channels
         )
         self.attentions = nnx.List(
-            Transformer3D(out_channels, num_attention_heads, config, rngs=rngs)
+            Transformer3D(out_channels, num_attention_heads, config, compute, rngs=rngs)
             for _ in range(num_transformers)
         )
         # The U-Net pads all round.
@@ -184,14 +179,14 @@ class Block(nnx.Module):
         )
         self.upsamplers = nnx.List([Upsample(out_channels, rngs=rngs)] if upsample else [])
 
-        self.config = config
+        self.compute = compute
 
     def keys_values(self, context: Context) -> tuple[tuple[KeysValues, ...], ...]:
         return tuple(transformer.keys_values(context) for transformer in self.attentions)
 
     def run(self, layer: Callable[..., Array], *inputs: Any) -> Array:
         """Returns layer(*inputs), for the gradient made again unless all is to be kept."""
-        if self.config.gradient_checkpointing == "none":
+        if self.compute.gradient_checkpointing == "none":
             return layer(*inputs)
         return jax.checkpoint(lambda *inputs: layer(*inputs))(*inputs)
 
@@ -229,9 +224,10 @@ def time_embed_dim(config: UNetConfig) -> int:
 
 
 class UNet3DConditionModel(nnx.Module):
-    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: UNetConfig, compute: ComputeOptions, *, rngs: nnx.Rngs):
         widths, layers = config.block_out_channels, config.layers_per_block
         self.config = config
+        self.compute = compute
         self.conv_in = Conv(config.in_channels, widths[0], rngs=rngs)
         self.time_embedding = TimestepEmbedding(widths[0], time_embed_dim(config), rngs=rngs)
 
@@ -244,6 +240,7 @@ class UNet3DConditionModel(nnx.Module):
                     [skips[-1]] + [width] * (layers - 1),
                     width,
                     config,
+                    compute,
                     num_attention_heads=config.num_attention_heads[level],
                     num_transformers=layers if config.down_attention[level] else 0,
                     downsample=not last,
@@ -256,6 +253,7 @@ class UNet3DConditionModel(nnx.Module):
             [widths[-1]] * 2,
             widths[-1],
             config,
+            compute,
             num_attention_heads=config.num_attention_heads[-1],
             num_transformers=1,
             rngs=rngs,
@@ -270,6 +268,7 @@ class UNet3DConditionModel(nnx.Module):
                     in_channels,
                     width,
                     config,
+                    compute,
                     num_attention_heads=config.num_attention_heads[-1 - index],
                     num_transformers=layers + 1 if config.up_attention[index] else 0,
                     upsample=index < len(widths) - 1,
@@ -286,7 +285,7 @@ class UNet3DConditionModel(nnx.Module):
 
         They depend on neither timestep nor frame: loops over timesteps make them once.
         """
-        context = context.astype(self.config.dtype)
+        context = context.astype(self.compute.dtype)
         return tuple(block.keys_values(context) for block in self._blocks())
 
     def _blocks(self) -> list[Block]:
@@ -303,7 +302,7 @@ class UNet3DConditionModel(nnx.Module):
             context: States of the text encoder's last layer, one prompt per clip; or what
                 `text_keys_values` made of them.
         """
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        config, dtype = self.config, jnp.dtype(self.compute.dtype)
 
         waves = timestep_embedding(
             timesteps,

@@ -16,6 +16,7 @@ from jax import Array
 from jaxtyping import Float
 
 from tav_jax.models.attention.frame_attention import spatial_attention
+from tav_jax.models.compute import ComputeOptions
 from tav_jax.models.layers import Conv, Downsample, GroupNorm, Linear, ResnetBlock, Upsample
 from tav_jax.types import Latents, Moments, PixelValues
 
@@ -24,7 +25,7 @@ NORM_EPS = 1e-6  # every norm of the published autoencoder, unlike the U-Net's r
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The shape of an autoencoder, and how it computes.
+    """The shape of an autoencoder, and how much it takes at a time.
 
     Args:
         scaling_factor: What the diffusion multiplies latents with, for unit deviation.
@@ -39,7 +40,6 @@ class VAEConfig:
     norm_num_groups: int
     scaling_factor: float
     frames_per_chunk: int = 4
-    dtype: str = "float32"
 
     @property
     def downsampling(self) -> int:
@@ -149,9 +149,10 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VAEConfig, compute: ComputeOptions, *, rngs: nnx.Rngs):
         channels = config.latent_channels
         self.config = config
+        self.dtype = compute.dtype
         self.encoder = Encoder(config, rngs=rngs)
         self.quant_conv = Conv(2 * channels, 2 * channels, 1, rngs=rngs)
         self.post_quant_conv = Conv(channels, channels, 1, rngs=rngs)
@@ -180,7 +181,7 @@ class AutoencoderKL(nnx.Module):
         self, run: Callable[[Array], Array], video: Float[Array, "b f h w i"]
     ) -> Float[Array, "b f h2 w2 o"]:
         """Applies `run` to a few frames at a time, so that activations of all never coexist."""
-        pictures = rearrange(video, "b f h w c -> (b f) h w c").astype(self.config.dtype)
+        pictures = rearrange(video, "b f h w c -> (b f) h w c").astype(self.dtype)
         chunk = self.config.frames_per_chunk
         if len(pictures) <= chunk:
             done = run(pictures)  # no loop: XLA's CPU compiler slows down convolutions inside one

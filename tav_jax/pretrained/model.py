@@ -16,8 +16,9 @@ from tav_jax.diffusion.schedule import NoiseSchedule
 from tav_jax.errors import MissingFileError, UserError
 from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
 from tav_jax.models.clip import CLIPTextModel
+from tav_jax.models.compute import ComputeOptions, GradientCheckpointing
 from tav_jax.models.network import Network, parameter_shapes
-from tav_jax.models.unet import GradientCheckpointing, UNet3DConditionModel
+from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import AutoencoderKL
 from tav_jax.pretrained import configs as published_config
 from tav_jax.pretrained import weights
@@ -94,10 +95,8 @@ def load_model(
         ),
         load_schedule(folder / "scheduler"),
     )
-    unet = model.unet.with_config(
-        attention_scope=attention_scope,
-        attention=attention,
-        gradient_checkpointing=gradient_checkpointing,
+    unet = model.unet.with_config(attention_scope=attention_scope).with_compute(
+        attention_implementation=attention, gradient_checkpointing=gradient_checkpointing
     )
     widths = model.text_encoder.config.hidden_size, unet.config.cross_attention_dim
     if widths[0] != widths[1]:
@@ -254,7 +253,6 @@ def _load_network(
     may_lack: tuple[str, ...] = (),
     prefix: str = "",
 ) -> Network:
-    config = replace(config, dtype=dtype)
     tensors = weights.read_tensors(folder, WEIGHT_STEMS[part], variant)
     params = weights.merge(
         parameter_shapes(module_class, config),
@@ -266,7 +264,7 @@ def _load_network(
         where=str(folder),
         may_lack=may_lack,
     )
-    return Network(module_class, config, params)
+    return Network(module_class, config, params, ComputeOptions(dtype=dtype))
 
 
 def _save_network(folder: Path, part: str, network: Network, config: Mapping[str, Any]) -> None:

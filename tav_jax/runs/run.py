@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 
 from tav_jax.errors import MissingFileError, UserError
 from tav_jax.files import atomic_write, first_unwritable_parent
+from tav_jax.models.compute import PRECISION_DTYPES
 from tav_jax.parallel.processes import broadcast_from_main, is_main_process
 from tav_jax.parallel.sharding import gather_to_host, laid, make_mesh
 from tav_jax.pipeline import encode_frames, invert_latents, posterior_mean_latents
@@ -140,7 +141,7 @@ class Run:
         config = self.config
         model = load_model(
             config.pretrained_model_path,
-            dtype="float32" if config.mixed_precision == "no" else "bfloat16",
+            dtype=PRECISION_DTYPES[config.mixed_precision],
             float32_modules=config.trainable_modules,
             attention_scope=config.attention_scope,
             attention=config.attention,

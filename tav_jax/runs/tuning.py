@@ -16,7 +16,7 @@ import optax
 
 from tav_jax.console import raise_if_interrupted, say
 from tav_jax.errors import UserError
-from tav_jax.models.unet import GradientCheckpointing
+from tav_jax.models.compute import GradientCheckpointing
 from tav_jax.parallel.processes import is_main_process
 from tav_jax.parallel.sharding import gather_to_host, laid
 from tav_jax.pipeline import compile_train_step, encode_prompts
@@ -170,7 +170,7 @@ def prepare_step(
         if key not in programs:
             programs[key] = fitting_program(config, train_step, tuning.state, tuning.inputs)
         preset, tuning.program = programs[key]
-    unet = tuning.state.unet.with_config(gradient_checkpointing=preset)
+    unet = tuning.state.unet.with_compute(gradient_checkpointing=preset)
     tuning.state = tuning.state._replace(unet=unet)
 
 
@@ -237,7 +237,7 @@ def fitting_program(
     pixels = data.height // moments.shape[2]
 
     def under(preset: GradientCheckpointing) -> TrainState:
-        return state._replace(unet=state.unet.with_config(gradient_checkpointing=preset))
+        return state._replace(unet=state.unet.with_compute(gradient_checkpointing=preset))
 
     def plan(preset: GradientCheckpointing, size: Size) -> Plan:
         grid = size.height // pixels, size.width // pixels

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from tav_jax.errors import UserError
-from tav_jax.models.unet import GradientCheckpointing
+from tav_jax.models.compute import GradientCheckpointing
 
 # From the fastest to the one that needs least memory.
 PRESETS: tuple[GradientCheckpointing, ...] = ("none", "blocks", "full")

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from tav_jax.models.attention.frame_attention import FRAME_ATTENTION
+from tav_jax.models.compute import ComputeOptions
 from tav_jax.models.layers import Downsample, GroupNorm, LayerNorm, ResnetBlock
 from tav_jax.models.network import parameter_shapes
 from tav_jax.models.transformer import Attention, BasicTransformerBlock
@@ -148,7 +149,7 @@ def test_temporal_attention_stays_at_its_point(changes):
 def test_frames_share_statistics_in_residual_blocks_and_not_in_transformers(jit, unet_config):
     config = replace(unet_config, attention_scope="spatial", temporal_attention=False)
     resnet = ResnetBlock(8, 8, num_groups=4, eps=1e-5, rngs=nnx.Rngs(0))
-    transformer = Transformer3D(8, 2, config, rngs=nnx.Rngs(0))
+    transformer = Transformer3D(8, 2, config, ComputeOptions(), rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).standard_normal((1, 3, 2, 2, 8)).astype(np.float32)
     louder = x.copy()
     louder[:, 1] *= 2
@@ -166,7 +167,7 @@ def test_frames_share_statistics_in_residual_blocks_and_not_in_transformers(jit,
 
 def modules_of(config, kind):
     """Returns the modules of a kind by their path, without making parameters."""
-    unet = nnx.eval_shape(lambda: UNet3DConditionModel(config, rngs=nnx.Rngs(0)))
+    unet = nnx.eval_shape(lambda: UNet3DConditionModel(config, ComputeOptions(), rngs=nnx.Rngs(0)))
     return {
         ".".join(map(str, path)): module
         for path, module in nnx.iter_modules(unet)
@@ -277,7 +278,7 @@ def test_clips_of_a_batch_never_mix(tiny_unet, call, inputs):
 
 
 def test_bfloat16_is_near_float32_and_returns_float32(tiny_unet, call, inputs):
-    ours = call(tiny_unet.with_config(dtype="bfloat16"), *inputs)
+    ours = call(tiny_unet.with_compute(dtype="bfloat16"), *inputs)
     assert ours.dtype == jnp.float32
     # Each of some fifty operations in a row rounds by up to 2^-9, sqrt(50) 2^-9 = 1.4 % together.
     # Less than a single rounding would mean that the type is not heeded.
@@ -295,7 +296,7 @@ def equations(jaxpr):
 
 
 def test_under_bfloat16_every_convolution_takes_bfloat16(tiny_unet, inputs):
-    program = jax.make_jaxpr(tiny_unet.with_config(dtype="bfloat16"))(*inputs)
+    program = jax.make_jaxpr(tiny_unet.with_compute(dtype="bfloat16"))(*inputs)
     operands = [
         [operand.aval.dtype.name for operand in equation.invars]
         for equation in equations(program.jaxpr)
@@ -310,7 +311,7 @@ def test_neighbouring_timesteps_stay_apart(tiny_unet, call, inputs, dtype):
     # As bfloat16 numbers 981 is 980.
     latents, _, context = (jnp.stack([x[0], x[0]]) for x in inputs)
     first, second = call(
-        tiny_unet.with_config(dtype=dtype), latents, jnp.array([980, 981]), context
+        tiny_unet.with_compute(dtype=dtype), latents, jnp.array([980, 981]), context
     )
     assert relative_error(second, first) > 2**-7
 
@@ -323,7 +324,7 @@ def gradients_of(jit, random_network, unet_config, inputs):
     run = jit(jax.value_and_grad(lambda unet: jnp.sum(jnp.square(unet(*inputs)))))
 
     def gradients_of(**changes):
-        loss, gradients = run(unet.with_config(**changes))
+        loss, gradients = run(unet.with_compute(**changes))
         return loss, gradients.params
 
     return gradients_of
@@ -356,7 +357,7 @@ def test_gradient_checkpointing_wraps_what_it_names(tiny_unet, inputs, preset):
                 depths += Counter({depth + 1: count for depth, count in inside.items()})
         return depths
 
-    unet = tiny_unet.with_config(gradient_checkpointing=preset)
+    unet = tiny_unet.with_compute(gradient_checkpointing=preset)
     blocks = len(modules_of(unet.config, (ResnetBlock, Transformer3D)))
     parts = 4 * len(modules_of(unet.config, BasicTransformerBlock))
     expected = {"none": {}, "blocks": {0: blocks}, "full": {0: blocks, 1: parts}}
