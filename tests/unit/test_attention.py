@@ -14,7 +14,7 @@ from tav_jax.models.attention.frame_attention import FRAME_ATTENTION, sparse_cau
 from tav_jax.models.transformer import Attention
 
 # The frames whose tokens each of four frames looks at. Sparse-causal frame 1 sees frame 0 as the
-# first and as the former, which doubles its keys and changes nothing.
+# first and as the previous one, which doubles its keys and changes nothing.
 LOOKS_AT = {
     "sparse_causal": [[0, 0], [0, 0], [0, 1], [0, 2]],
     "spatial": [[0], [1], [2], [3]],

@@ -39,7 +39,7 @@ def run(layer, *inputs):
     return layer(*(jnp.asarray(x, jnp.float32) for x in inputs))
 
 
-jit_group_norm = jax.jit(group_norm, static_argnames=("num_groups", "eps"))
+jit_group_norm = jax.jit(group_norm, static_argnames=("num_groups", "eps", "joint_frames"))
 
 
 def silu(x):
@@ -59,23 +59,25 @@ def test_group_norm_of_a_video_is_joint_over_its_frames():
     video = np.zeros((1, 2, 2, 2, 1), np.float32)
     video[:, 1] = 2
     scale, bias = np.ones(1, np.float32), np.zeros(1, np.float32)
-    together = jit_group_norm(video, scale, bias, num_groups=1, eps=0.0)
+    together = jit_group_norm(video, scale, bias, num_groups=1, eps=0.0, joint_frames=True)
     np.testing.assert_array_equal(together, video - 1)
-    frame_by_frame = jit_group_norm(video[0], scale, bias, num_groups=1, eps=1e-6)
+    frame_by_frame = jit_group_norm(
+        video[0], scale, bias, num_groups=1, eps=1e-6, joint_frames=False
+    )
     np.testing.assert_array_equal(frame_by_frame, np.zeros((2, 2, 2, 1)))
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "joint_frames"),
     [
-        pytest.param((2, 3, 4, 5, 6), id="videos"),
-        pytest.param((2, 4, 5, 6), id="pictures"),
+        pytest.param((2, 3, 4, 5, 6), True, id="videos"),
+        pytest.param((2, 4, 5, 6), False, id="images"),
     ],
 )
-def test_group_norm_normalises_neighbouring_channels_then_scales(key, shape):
+def test_group_norm_normalises_neighbouring_channels_then_scales(key, shape, joint_frames):
     x = 3 + 2 * np.asarray(jax.random.normal(key, shape))
     scale, bias = np.arange(1, 7, dtype=np.float32), np.arange(6, dtype=np.float32)
-    ours = jit_group_norm(x, scale, bias, num_groups=2, eps=1e-5)
+    ours = jit_group_norm(x, scale, bias, num_groups=2, eps=1e-5, joint_frames=joint_frames)
     all_but_the_first = tuple(range(1, len(shape)))
     groups = [normalised(group, all_but_the_first, 1e-5) for group in np.split(x, 2, axis=-1)]
     expected = np.concatenate(groups, axis=-1) * scale + bias
@@ -93,8 +95,16 @@ def test_layer_norm_normalises_each_token_by_itself(key):
 @pytest.mark.parametrize(
     ("make", "eps"),
     [
-        pytest.param(lambda: GroupNorm(1, 2, eps=1e-6), 1e-6, id="group norm of a transformer"),
-        pytest.param(lambda: GroupNorm(1, 2, eps=1e-5), 1e-5, id="group norm of a residual block"),
+        pytest.param(
+            lambda: GroupNorm(1, 2, eps=1e-6, joint_frames=False),
+            1e-6,
+            id="group norm of a transformer",
+        ),
+        pytest.param(
+            lambda: GroupNorm(1, 2, eps=1e-5, joint_frames=True),
+            1e-5,
+            id="group norm of a residual block",
+        ),
         pytest.param(lambda: LayerNorm(2), 1e-5, id="layer norm"),
     ],
 )
@@ -107,7 +117,9 @@ def test_eps_is_added_to_the_variance(make, eps):
 @pytest.mark.parametrize(
     "normalise",
     [
-        pytest.param(partial(group_norm, num_groups=1, eps=1e-5), id="group_norm"),
+        pytest.param(
+            partial(group_norm, num_groups=1, eps=1e-5, joint_frames=False), id="group_norm"
+        ),
         pytest.param(partial(layer_norm, eps=1e-5), id="layer_norm"),
     ],
 )
@@ -276,7 +288,9 @@ def test_activations_of_the_text_encoder_follow_their_formulas(activation, expec
 
 
 def test_residual_block_adds_the_timestep_to_every_point_and_keeps_its_input(key):
-    block = ResnetBlock(4, 4, time_embed_dim=3, num_groups=1, eps=1e-5, rngs=nnx.Rngs(0))
+    block = ResnetBlock(
+        4, 4, time_embed_dim=3, num_groups=1, eps=1e-5, joint_frames=True, rngs=nnx.Rngs(0)
+    )
     x = np.asarray(jax.random.normal(key, (2, 3, 4, 4, 4)))
     time_emb = np.array([[1, 2, 3], [-1, 0, 1]])
     # With the last convolution silenced only the input is left.

@@ -12,8 +12,8 @@ from tav_jax.models.attention.frame_attention import FRAME_ATTENTION
 from tav_jax.models.compute import ComputeOptions
 from tav_jax.models.layers import Downsample, GroupNorm, LayerNorm, ResnetBlock
 from tav_jax.models.network import parameter_shapes
-from tav_jax.models.transformer import Attention, BasicTransformerBlock
-from tav_jax.models.unet import Transformer3D, UNet3DConditionModel
+from tav_jax.models.transformer import Attention, BasicTransformerBlock, Transformer3D
+from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.pretrained.weights import inflate
 
 SCOPES = pytest.mark.parametrize("scope", sorted(FRAME_ATTENTION))
@@ -146,10 +146,19 @@ def test_temporal_attention_stays_at_its_point(changes):
     np.testing.assert_array_equal(changed, [[True, False, False]] * 4)
 
 
-def test_frames_share_statistics_in_residual_blocks_and_not_in_transformers(jit, unet_config):
-    config = replace(unet_config, attention_scope="spatial", temporal_attention=False)
-    resnet = ResnetBlock(8, 8, num_groups=4, eps=1e-5, rngs=nnx.Rngs(0))
-    transformer = Transformer3D(8, 2, config, ComputeOptions(), rngs=nnx.Rngs(0))
+def test_frames_share_statistics_in_residual_blocks_and_not_in_transformers(jit):
+    resnet = ResnetBlock(8, 8, num_groups=4, eps=1e-5, joint_frames=True, rngs=nnx.Rngs(0))
+    transformer = Transformer3D(
+        8,
+        2,
+        context_dim=8,
+        num_groups=4,
+        use_linear_projection=False,
+        attention_scope="spatial",
+        temporal_attention=False,
+        compute=ComputeOptions(),
+        rngs=nnx.Rngs(0),
+    )
     x = np.random.default_rng(0).standard_normal((1, 3, 2, 2, 8)).astype(np.float32)
     louder = x.copy()
     louder[:, 1] *= 2
@@ -240,11 +249,12 @@ def test_a_head_list_counts_from_the_finest_level(unet_config, heads):
     assert len(found) == 3 * (2 + 1 + 4)  # transformers on the way down, in the middle and up
 
 
-def test_norms_have_the_epsilons_of_the_published_network(unet_config):
+def test_norms_have_the_epsilons_and_statistics_of_the_published_network(unet_config):
     config = replace(unet_config, norm_eps=2e-5)
     for path, norm in modules_of(config, GroupNorm).items():
         in_a_transformer = path.split(".")[-3:-2] == ["attentions"]
         assert norm.eps == (1e-6 if in_a_transformer else 2e-5), path
+        assert norm.joint_frames == (not in_a_transformer), path
     assert {norm.eps for norm in modules_of(config, LayerNorm).values()} == {1e-5}
 
 

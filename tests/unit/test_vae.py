@@ -117,7 +117,8 @@ def test_bfloat16_is_near_float32_and_returns_float32(tiny_vae, decode, latents)
 def test_norms_and_paddings_are_the_published_autoencoder_s(vae_config):
     vae = nnx.eval_shape(lambda: AutoencoderKL(vae_config, ComputeOptions(), rngs=nnx.Rngs(0)))
     modules = [module for _, module in nnx.iter_modules(vae)]
-    assert {norm.eps for norm in modules if isinstance(norm, GroupNorm)} == {1e-6}
+    norms = [module for module in modules if isinstance(module, GroupNorm)]
+    assert {(norm.eps, norm.joint_frames) for norm in norms} == {(1e-6, False)}
     assert {m.conv.padding for m in modules if isinstance(m, Downsample)} == {(0, 1)}
 
 
