@@ -55,6 +55,7 @@ class SelfAttention(nnx.Module):
         self.num_attention_heads = config.num_attention_heads
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """Return the attention's output for each token."""
         query, key, value = (
             rearrange(project(x), "b s (heads k) -> b s heads k", heads=self.num_attention_heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -73,6 +74,7 @@ class MLP(nnx.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """Return the output for each token."""
         return self.fc2(self.activation(self.fc1(x)))
 
 
@@ -86,6 +88,7 @@ class EncoderLayer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """Return the next layer's input."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
@@ -99,6 +102,7 @@ class Embeddings(nnx.Module):
         self.position_embedding = Embed(config.max_position_embeddings, width, rngs=rngs)
 
     def __call__(self, input_ids: TokenIds) -> Float[Array, "b s d"]:
+        """Return the embedding of each token at its position."""
         positions = jnp.arange(input_ids.shape[1])
         return self.token_embedding(input_ids) + self.position_embedding(positions)[None]
 

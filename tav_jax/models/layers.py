@@ -1,7 +1,7 @@
 """Dense, convolution and normalisation layers that carry the checkpoint's parameters.
 
-A layer computes in the type of its input. Its parameters may be stored in any type.
-Statistics of the norms are always float32. Convolutions and group norms take any number of axes
+A layer computes in the type of its input. Its parameters may be stored in any type. Statistics of
+the norms are always float32. Convolutions and group norms take any number of axes
 between the batch and `h w c`, so one residual block serves images and videos.
 """
 
@@ -28,7 +28,7 @@ def fan_in_uniform(key: PRNGKey, shape: tuple[int, ...]) -> Array:
         shape: Shape of the kernel. Its last axis is the output's, and all others are fan-in.
     """
     size = math.prod(shape)
-    # Draw a power of two of numbers: JAX compiles once for each length, and networks have many.
+    # JAX compiles the draw once for each length. Powers of two keep the number of lengths small.
     draws = jax.random.uniform(key, (1 << (size - 1).bit_length(),), minval=-1.0, maxval=1.0)
     return draws[:size].reshape(shape) / math.sqrt(size // shape[-1])
 
@@ -149,6 +149,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
 
     def __call__(self, x: Float[Array, "*axes i"]) -> Float[Array, "*axes o"]:
+        """Return x times the kernel, plus the bias."""
         y = x @ self.kernel[...].astype(x.dtype)
         return y if self.bias is None else y + along_channels(self.bias[...], y)
 
@@ -182,6 +183,7 @@ class Conv(nnx.Module):
         self.padding = (kernel_size // 2, kernel_size // 2) if padding is None else padding
 
     def __call__(self, x: Float[Array, "*axes h w i"]) -> Float[Array, "*axes h2 w2 o"]:
+        """Return the convolution of x with the kernel, plus the bias."""
         images = x.reshape(-1, *x.shape[-3:])
         y = convolution(images, self.kernel[...].astype(x.dtype), self.stride, self.padding)
         y = y + along_channels(self.bias[...], y)
@@ -199,6 +201,7 @@ class GroupNorm(nnx.Module):
         self.joint_frames = joint_frames
 
     def __call__(self, x: Float[Array, "b *axes c"]) -> Float[Array, "b *axes c"]:
+        """Return `group_norm` of x."""
         return group_norm(
             x,
             self.scale[...],
@@ -223,6 +226,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*axes c"]) -> Float[Array, "*axes c"]:
+        """Return `layer_norm` of x."""
         return layer_norm(x, self.scale[...], self.bias[...], eps=self.eps)
 
 
@@ -242,6 +246,7 @@ class Embed(nnx.Module):
         )
 
     def __call__(self, indices: Int[Array, "*axes"]) -> Float[Array, "*axes c"]:
+        """Return the vector of each index."""
         return self.embedding[...][indices]
 
 
@@ -286,6 +291,7 @@ class ResnetBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "b *axes i"], time_emb: Float[Array, "b t"] | None = None
     ) -> Float[Array, "b *axes o"]:
+        """Return the sum of the shortcut and the two convolutions' output."""
         hidden = self.conv1(jax.nn.silu(self.norm1(x)))
         if self.time_emb_proj is not None and time_emb is not None:
             shift = self.time_emb_proj(jax.nn.silu(time_emb))
@@ -323,6 +329,7 @@ class Downsample(nnx.Module):
         self.conv = Conv(channels, channels, stride=2, padding=padding, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*axes h w c"]) -> Float[Array, "*axes h2 w2 c"]:
+        """Return x at half the height and width."""
         return self.conv(x)
 
 
@@ -340,4 +347,5 @@ class Upsample(nnx.Module):
     def __call__(
         self, x: Float[Array, "*axes h w c"], size: tuple[int, int]
     ) -> Float[Array, "*axes h2 w2 c"]:
+        """Return x at the height and width of `size`."""
         return self.conv(upsample_nearest(x, size))

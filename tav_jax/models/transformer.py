@@ -62,6 +62,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b f n c"], keys_values: KeysValues
     ) -> Float[Array, "b f n c"]:
+        """Return the attention of x to keys and values from `keys_values`."""
         out = self.attend(self._split_heads(self.to_q(x)), *keys_values)
         return self.to_out[0](rearrange(out, "b f n heads k -> b f n (heads k)"))
 
@@ -82,6 +83,7 @@ class GEGLU(nnx.Module):
         self.proj = Linear(dim, 2 * inner_dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*axes c"]) -> Float[Array, "*axes i"]:
+        """Return value times gelu(gate)."""
         value, gate = jnp.split(self.proj(x), 2, axis=-1)
         return value * jax.nn.gelu(gate, approximate=False)
 
@@ -97,6 +99,7 @@ class FeedForward(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "*axes c"]) -> Float[Array, "*axes c"]:
+        """Return the output for each token."""
         return self.net[2](self.net[0](x))
 
 
@@ -144,6 +147,7 @@ class BasicTransformerBlock(nnx.Module):
         self.checkpoint_parts = checkpoint_parts
 
     def __call__(self, x: Float[Array, "b f n c"], text: KeysValues) -> Float[Array, "b f n c"]:
+        """Return x after all four parts."""
         parts = self.add_self_attention, self.add_text, self.add_feed_forward, self.add_temporal
         for part in parts:
             x = (jax.checkpoint(part) if self.checkpoint_parts else part)(x, text)
@@ -230,6 +234,7 @@ class Transformer3D(nnx.Module):
     def __call__(
         self, x: Float[Array, "b f h w c"], text: tuple[KeysValues, ...]
     ) -> Float[Array, "b f h w c"]:
+        """Return x plus the transformer's output."""
         b, _, h, _, _ = x.shape
         normed = self.norm(rearrange(x, "b f h w c -> (b f) h w c"))
         hidden = rearrange(self.proj_in(normed), "(b f) h w c -> b f (h w) c", b=b)

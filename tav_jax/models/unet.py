@@ -1,8 +1,8 @@
 """The 3D U-Net: Stable Diffusion's image U-Net inflated to frames.
 
 Parameter names follow diffusers' UNet2DConditionModel and Tune-A-Video's UNet3DConditionModel.
-With one frame and a new temporal attention, whose output is zero, it computes what the image U-Net
-computes.
+With one frame, and while the output of the temporal attention is still zero, it gives the same
+numbers as the image U-Net.
 """
 
 import math
@@ -112,11 +112,12 @@ class TimestepEmbedding(nnx.Module):
         self.linear_2 = Linear(time_embed_dim, time_embed_dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b dim"]) -> Float[Array, "b t"]:
+        """Return the embedding of each clip's timestep."""
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
 class Block(nnx.Module):
-    """Residual blocks and transformers of one level. `DownBlock` and its siblings call them.
+    """Residual blocks and transformers of one level, which the three subclasses run in order.
 
     Args:
         config: The U-Net's config.
@@ -170,14 +171,14 @@ class Block(nnx.Module):
         """Return the text's keys and values in each transformer."""
         return tuple(transformer.keys_values(context) for transformer in self.attentions)
 
-    def layer(self, index: int, x: Array, time_emb: Array, text: BlockText) -> Array:
+    def run_layer(self, index: int, x: Array, time_emb: Array, text: BlockText) -> Array:
         """Return x after one residual block, and after its transformer if it has one."""
-        x = self._checkpointed(self.resnets[index], x, time_emb)
+        x = self._run(self.resnets[index], x, time_emb)
         if index < len(self.attentions):
-            x = self._checkpointed(self.attentions[index], x, text[index])
+            x = self._run(self.attentions[index], x, text[index])
         return x
 
-    def _checkpointed(self, module: Callable[..., Array], *inputs: Any) -> Array:
+    def _run(self, module: Callable[..., Array], *inputs: Any) -> Array:
         """Return module(*inputs), keeping no more for the backward pass than `compute` says."""
         if self.compute.gradient_checkpointing == "none":
             return module(*inputs)
@@ -208,7 +209,7 @@ class DownBlock(Block):
         """Return the input of the next level, and the skip connections in the order made."""
         skips = []
         for index in range(len(self.resnets)):
-            x = self.layer(index, x, time_emb, text)
+            x = self.run_layer(index, x, time_emb, text)
             skips.append(x)
         for downsampler in self.downsamplers:
             x = downsampler(x)
@@ -224,8 +225,9 @@ class MidBlock(Block):
         super().__init__(config, compute, config.levels - 1, (width, width), 1, rngs=rngs)
 
     def __call__(self, x: Array, time_emb: Array, text: BlockText) -> Array:
+        """Return the input of the coarsest level on the way up."""
         for index in range(len(self.resnets)):
-            x = self.layer(index, x, time_emb, text)
+            x = self.run_layer(index, x, time_emb, text)
         return x
 
 
@@ -265,7 +267,7 @@ class UpBlock(Block):
                 removed from the end.
         """
         for index in range(len(self.resnets)):
-            x = self.layer(index, jnp.concatenate([x, skips.pop()], axis=-1), time_emb, text)
+            x = self.run_layer(index, jnp.concatenate([x, skips.pop()], axis=-1), time_emb, text)
         for upsampler in self.upsamplers:
             _, _, height, width, _ = skips[-1].shape
             x = upsampler(x, (height, width))

@@ -73,6 +73,7 @@ class SpatialAttention(nnx.Module):
         self.to_out = nnx.List([Linear(channels, channels, rngs=rngs)])
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        """Return x plus the attention's output."""
         normed = rearrange(self.group_norm(x), "n h w c -> n 1 (h w) 1 c")
         out = spatial_attention(self.to_q(normed), self.to_k(normed), self.to_v(normed))
         return x + self.to_out[0](rearrange(out, "n 1 (h w) 1 c -> n h w c", h=x.shape[1]))
@@ -125,6 +126,7 @@ class Level(nnx.Module):
         self.upsamplers = nnx.List([Upsample(out_channels, rngs=rngs)] if upsample else [])
 
     def __call__(self, x: Float[Array, "n h w i"]) -> Float[Array, "n h2 w2 o"]:
+        """Return the next level's input."""
         first, *rest = self.resnets
         x = first(x)
         for index, resnet in enumerate(rest):
@@ -139,7 +141,7 @@ class Level(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Images to the posterior's parameters, before `quant_conv`."""
+    """The network from images to the posterior's moments."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         widths, layers = config.block_out_channels, config.layers_per_block
@@ -155,6 +157,7 @@ class Encoder(nnx.Module):
         self.conv_out = Conv(widths[-1], 2 * config.latent_channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n H W 3"]) -> Float[Array, "n h w c2"]:
+        """Return mean and log variance of each latent point, before `quant_conv`."""
         x = self.conv_in(x)
         for block in (*self.down_blocks, self.mid_block):
             x = block(x)
@@ -162,7 +165,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents, after `post_quant_conv`, to images."""
+    """The network from latents to images."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         widths = config.block_out_channels[::-1]
@@ -179,6 +182,7 @@ class Decoder(nnx.Module):
         self.conv_out = Conv(widths[-1], config.out_channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n H W 3"]:
+        """Return the pixel values of each image."""
         x = self.conv_in(x)
         for block in (self.mid_block, *self.up_blocks):
             x = block(x)

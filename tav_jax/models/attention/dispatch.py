@@ -50,8 +50,8 @@ def group_attention(
 
     Args:
         query: Queries of each frame.
-        keys: Keys of each group. A group has as many frames as `query`, and each frame sees its
-            own; or it has one frame, which all see. Most implementations do not copy the latter.
+        keys: Keys of each group. Either a group has as many frames as `query`, and each frame
+            sees its own keys. Or it has one frame, which all frames see.
         values: Values of each group, in the shapes of `keys`.
         implementation: A name from the table above.
 
