@@ -19,7 +19,7 @@ BFLOAT16_STEP = 2**-7  # spacing of bfloat16 above 1; a result is rounded two or
 
 @pytest.fixture(autouse=True)
 def kernels_run_on_a_cpu(monkeypatch):
-    """Pallas' interpreter; memory that no kernel has written yet is NaN.
+    """Run kernels in Pallas' interpreter. Memory that no kernel has written yet is NaN.
 
     `pltpu.force_tpu_interpret_mode` is closer to the chip, slower, and refused by jax.checkpoint.
     """
@@ -27,7 +27,7 @@ def kernels_run_on_a_cpu(monkeypatch):
 
 
 def draw(key, queries=256, keys=384, width=40, dtype=jnp.float32):
-    """Query, key, value of one clip and two heads, and what both outputs weigh in a loss."""
+    """Return query, key and value of one clip and two heads, and a gradient for both outputs."""
     shapes = [(queries, width), (keys, width), (keys, width), (queries, width), (queries,)]
     return [
         jax.random.normal(each, (1, 2, *shape)).astype(dtype if len(shape) == 2 else jnp.float32)
@@ -36,7 +36,7 @@ def draw(key, queries=256, keys=384, width=40, dtype=jnp.float32):
 
 
 def attend_by_definition(query, key, value, do, dlse):
-    """O, lse, and the gradients of sum(O do) + sum(lse dlse), written out in float64."""
+    """Return O, lse, and the gradients of sum(O do) + sum(lse dlse), written out in float64."""
     query, key, value, do, dlse = (np.asarray(x, np.float64) for x in (query, key, value, do, dlse))
     scale = query.shape[-1] ** -0.5
     scores = scale * query @ key.mT
@@ -50,7 +50,7 @@ def attend_by_definition(query, key, value, do, dlse):
 
 @partial(jax.jit, static_argnames="block")
 def attend_with_gradients(query, key, value, do, dlse, block=128):
-    """What `attend_by_definition` gives, by default in tiles of the smallest size."""
+    """Return what `attend_by_definition` returns. By default tiles have the smallest size."""
     outputs, gradients = jax.vjp(partial(flash_attention, block=block), query, key, value)
     return *outputs, *gradients((do, dlse))
 

@@ -28,14 +28,14 @@ ROUNDING = 1e-5  # float32 against float64, for values around 1
 
 
 def normalised(x, axes, eps):
-    """Zero mean and unit variance over the axes, in float64."""
+    """Return x with zero mean and unit variance over the axes, in float64."""
     x = np.asarray(x, np.float64)
     return (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + eps)
 
 
 @jax.jit
 def run(layer, *inputs):
-    """One compiled program costs less than compiling operation by operation."""
+    """Run a layer as one program, which compiles faster than its operations one by one."""
     return layer(*(jnp.asarray(x, jnp.float32) for x in inputs))
 
 
@@ -138,7 +138,7 @@ def test_statistics_of_bfloat16_are_taken_in_float32(normalise):
 
 
 def conv_by_definition(x, kernel, *, stride, padding):
-    """Cross-correlation of `h w i` with `kh kw i o`, the picture padded with zeros."""
+    """Return the cross-correlation of an image `h w i`, padded with zeros, with `kh kw i o`."""
     size = kernel.shape[0]
     x = np.pad(np.asarray(x, np.float64), (padding, padding, (0, 0)))
     h, w = ((side - size) // stride + 1 for side in x.shape[:2])
@@ -205,7 +205,7 @@ def test_downsample_of_an_odd_grid_follows_its_definition(key, padding):
     ],
 )
 def test_gradients_of_a_convolution_are_its_adjoints(size, kernel_size, stride, padding):
-    # A convolution is linear in the picture and in the kernel: <y, A x> = <A^T y, x>, whatever x.
+    # A convolution is linear in the image and in the kernel: <y, A x> = <A^T y, x>, whatever x.
     @jax.jit
     def run(x, kernel, other_x, other_kernel, y):
         def convolve(x, kernel):

@@ -463,8 +463,10 @@ print(json.dumps(answers))
 
 
 def find_elsewhere(requests, **environment):
-    """Returns what `find_folder` answers to each repository and variant, in a process of its own
-    because the client reads its environment once: a folder, or an error's kind and message."""
+    """Return what `find_folder` returns for each repository and variant, or its error.
+
+    It runs in a process of its own, because the client reads its environment once.
+    """
     result = subprocess.run(
         [sys.executable, "-c", FIND, json.dumps(requests)],
         env=os.environ | {"HF_HUB_DISABLE_XET": "1"} | environment,
@@ -538,7 +540,7 @@ def test_a_downloaded_model_loads_like_the_folder(hub, model):
 
 
 def one_line_without(repo, answer):
-    """Tells that no model was found, in one line; returns the line."""
+    """Check that one line says that no model was found, and return the line."""
     kind, message = answer
     assert kind == "MissingFileError"
     assert message.startswith(f"pretrained_model_path: no folder '{repo}', nor such a model")

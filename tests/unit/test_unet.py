@@ -44,7 +44,7 @@ def inputs():
 
 
 def with_temporal_params(unet, change):
-    """Replaces each parameter of the temporal modules by change(name, value)."""
+    """Replace each parameter of the temporal modules by change(name, value)."""
     temporal = {
         name: change(name, value)
         for name, value in unet.params.items()
@@ -112,7 +112,7 @@ MOVES = {
 
 @pytest.fixture(scope="module")
 def changes(jit):
-    """Tells which frames and points a block's output changes at when one point moves."""
+    """Tell which frames and points a block's output changes at when one point moves."""
     x, context = jax.random.normal(jax.random.key(0), (2, 1, 4, 3, 8))
 
     run = jit(lambda block, x: block(x, block.attn2.keys_values(context[:, :1])))
@@ -175,7 +175,7 @@ def test_frames_share_statistics_in_residual_blocks_and_not_in_transformers(jit)
 
 
 def modules_of(config, kind):
-    """Returns the modules of a kind by their path, without making parameters."""
+    """Return the modules of a kind by their path, without creating parameters."""
     unet = nnx.eval_shape(lambda: UNet3DConditionModel(config, ComputeOptions(), rngs=nnx.Rngs(0)))
     return {
         ".".join(map(str, path)): module
@@ -185,7 +185,7 @@ def modules_of(config, kind):
 
 
 def level_of(path):
-    """The level of a module of a two-level network, 0 the finest."""
+    """Return the level of a module of a two-level network. 0 is the finest."""
     part, index = path.split(".")[:2]
     return {"down_blocks": int(index == "1"), "up_blocks": int(index == "0"), "mid_block": 1}[part]
 
@@ -296,7 +296,7 @@ def test_bfloat16_is_near_float32_and_returns_float32(tiny_unet, call, inputs):
 
 
 def equations(jaxpr):
-    """Yields the equations of a program and of all programs within."""
+    """Yield the equations of a program and of all programs within."""
     for equation in jaxpr.eqns:
         yield equation
         for value in equation.params.values():
@@ -358,7 +358,7 @@ def test_gradient_checkpointing_changes_neither_values_nor_gradients(gradients_o
 @pytest.mark.parametrize("preset", ["none", "blocks", "full"])
 def test_gradient_checkpointing_wraps_what_it_names(tiny_unet, inputs, preset):
     def wrapped(jaxpr):
-        """Counts checkpoints by how deep they lie in others."""
+        """Count checkpoints by how many others they are nested in."""
         depths = Counter()
         for equation in jaxpr.eqns:
             if equation.primitive.name in ("checkpoint", "remat2"):
