@@ -148,7 +148,12 @@ class BasicTransformerBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "b f n c"], text: KeysValues) -> Float[Array, "b f n c"]:
         """Return x after all four parts."""
-        parts = self.add_self_attention, self.add_text, self.add_feed_forward, self.add_temporal
+        parts = (
+            self.add_self_attention,
+            self.add_cross_attention,
+            self.add_feed_forward,
+            self.add_temporal_attention,
+        )
         for part in parts:
             x = (jax.checkpoint(part) if self.checkpoint_parts else part)(x, text)
         return x
@@ -160,8 +165,10 @@ class BasicTransformerBlock(nnx.Module):
         normed = self.norm1(x)
         return x + self.attn1(normed, self.attn1.keys_values(normed))
 
-    def add_text(self, x: Float[Array, "b f n c"], text: KeysValues) -> Float[Array, "b f n c"]:
-        """Return x plus attention to the text."""
+    def add_cross_attention(
+        self, x: Float[Array, "b f n c"], text: KeysValues
+    ) -> Float[Array, "b f n c"]:
+        """Return x plus each token's attention to the text."""
         return x + self.attn2(self.norm2(x), text)
 
     def add_feed_forward(
@@ -170,7 +177,9 @@ class BasicTransformerBlock(nnx.Module):
         """Return x plus the feed-forward layers."""
         return x + self.ff(self.norm3(x))
 
-    def add_temporal(self, x: Float[Array, "b f n c"], _: KeysValues) -> Float[Array, "b f n c"]:
+    def add_temporal_attention(
+        self, x: Float[Array, "b f n c"], _: KeysValues
+    ) -> Float[Array, "b f n c"]:
         """Return x plus each position's attention over all frames."""
         if self.norm_temp is None or self.attn_temp is None:
             return x
