@@ -7,9 +7,9 @@ operands and writes its results, each once.
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, NamedTuple
+
+from tav_jax.bench.hlo_text import Computation, Instruction, parse_module
 
 KernelKind = Literal["matrix_product", "convolution", "attention", "other"]
 KINDS: tuple[KernelKind, ...] = ("matrix_product", "convolution", "attention", "other")
@@ -36,11 +36,6 @@ _LIBRARIES: tuple[tuple[str, KernelKind], ...] = (
     ("__cudnn$conv", "convolution"),
 )
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\(")
-_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
-_NAME = re.compile(r"%([\w.\-]+)")
-
 
 class Kernel(NamedTuple):
     """One kernel of a program.
@@ -60,63 +55,6 @@ class Kernel(NamedTuple):
     flops: int
     bits: int
     runs: int
-
-
-class _Array(NamedTuple):
-    """Type of an array: bits of an element and sides."""
-
-    element: str
-    bits: int
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Return the number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        """Return the bytes of all elements."""
-        return self.size * self.bits // 8
-
-
-@dataclass(frozen=True)
-class _Instruction:
-    name: str
-    type: str
-    op: str
-    arguments: str
-    attributes: str
-    is_root: bool
-
-    @cached_property
-    def operands(self) -> tuple[str, ...]:
-        """Return the names of the operands, each once."""
-        return tuple(dict.fromkeys(_NAME.findall(self.arguments)))
-
-    @cached_property
-    def arrays(self) -> tuple[_Array, ...]:
-        """Return the result's array, or the arrays of a tuple."""
-        return tuple(
-            _Array(element, int(bits or 8), tuple(int(side) for side in sides.split(",") if side))
-            for element, bits, sides in _ARRAY.findall(self.type)
-        )
-
-    @property
-    def bytes(self) -> int:
-        """Return the bytes of the result."""
-        return sum(array.bytes for array in self.arrays)
-
-    def called(self, *attributes: str) -> list[str]:
-        """Return the names of the computations that these attributes hold."""
-        found: list[str] = []
-        for attribute in attributes:
-            if value := re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-]+)", self.attributes):
-                found += _NAME.findall(value[1])
-        return found
-
-
-_Computation = dict[str, _Instruction]
 
 
 def read_kernels(text: str) -> list[Kernel]:
@@ -149,18 +87,7 @@ class _Module:
     """The computations of an HLO module by name."""
 
     def __init__(self, text: str):
-        self.computations: dict[str, _Computation] = {}
-        self.entry = ""
-        current: _Computation | None = None
-        for line in text.splitlines():
-            if opening := _COMPUTATION.match(line):
-                current = self.computations[opening[2]] = {}
-                if opening[1]:
-                    self.entry = opening[2]
-            elif line.startswith("}"):
-                current = None
-            elif current is not None and (instruction := _parse(line)):
-                current[instruction.name] = instruction
+        self.computations, self.entry = parse_module(text)
 
     def kernels(self, name: str, runs: int) -> Iterator[Kernel]:
         """Yield the kernels of a computation that is run `runs` times, and of all it calls."""
@@ -180,13 +107,13 @@ class _Module:
                 case _:
                     yield self._kernel(instruction, computation)._replace(runs=runs)
 
-    def _largest_branch(self, instruction: _Instruction, runs: int) -> list[Kernel]:
+    def _largest_branch(self, instruction: Instruction, runs: int) -> list[Kernel]:
         branches = instruction.called(
             "branch_computations", "true_computation", "false_computation"
         )
         return max((list(self.kernels(branch, runs)) for branch in branches), key=total_bytes)
 
-    def _kernel(self, instruction: _Instruction, computation: _Computation) -> Kernel:
+    def _kernel(self, instruction: Instruction, computation: Computation) -> Kernel:
         """Return the kernel of one instruction, as if it ran once."""
         operands = [computation[name] for name in instruction.operands]
         kind, flops = self._flops(instruction, operands)
@@ -204,7 +131,7 @@ class _Module:
         return Kernel(kind, instruction.name, moved, flops, bits, runs=1)
 
     def _flops(
-        self, instruction: _Instruction, operands: Sequence[_Instruction]
+        self, instruction: Instruction, operands: Sequence[Instruction]
     ) -> tuple[KernelKind, int]:
         """Return what an instruction computes, and the operations of its products."""
         match instruction.op:
@@ -219,7 +146,7 @@ class _Module:
                 return _library_flops(instruction, operands)
         return "other", 0
 
-    def _fusion_flops(self, fusion: _Instruction) -> tuple[KernelKind, int]:
+    def _fusion_flops(self, fusion: Instruction) -> tuple[KernelKind, int]:
         """Return the kind of the first product in a fusion, and the operations of all."""
         kinds: list[KernelKind] = []
         total = 0
@@ -232,7 +159,7 @@ class _Module:
                     kinds += [kind] if kind != "other" else []
         return (kinds[0] if kinds else "other"), total
 
-    def _fusion_bytes(self, fusion: _Instruction, operands: Sequence[_Instruction]) -> int:
+    def _fusion_bytes(self, fusion: Instruction, operands: Sequence[Instruction]) -> int:
         """Return the bytes that a fusion moves; of sliced or updated arrays only that part."""
         body = self.computations[fusion.called("calls")[0]]
         root = next(inner for inner in body.values() if inner.is_root)
@@ -245,40 +172,26 @@ class _Module:
         parameters = {
             int(inner.arguments): inner for inner in body.values() if inner.op == "parameter"
         }
-        given = list(dict.fromkeys(_NAME.findall(fusion.arguments)))
-        for number, name in enumerate(_NAME.findall(fusion.arguments)):
+        given = list(fusion.operands)
+        for number, name in enumerate(fusion.operand_names()):
             whole = operands[given.index(name)].bytes
             moved += min(whole, _read_bytes(parameters[number], body))
         return moved
 
 
-def _parse(line: str) -> _Instruction | None:
-    """Return the instruction that a line of HLO text holds."""
-    found = _INSTRUCTION.match(line)
-    if not found:
-        return None
-    root, name, type_, op = found.groups()
-    end, depth = found.end(), 1
-    while depth and end < len(line):
-        depth += {"(": 1, ")": -1}.get(line[end], 0)
-        end += 1
-    arguments = line[found.end() : end - 1]
-    return _Instruction(name, type_, op, arguments, line[end:], root is not None)
-
-
-def _trip_count(loop: _Instruction) -> int | None:
+def _trip_count(loop: Instruction) -> int | None:
     """Return how often a loop's body runs; None if the compiler does not know."""
     found = re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"', loop.attributes)
     return int(found[1]) if found else None
 
 
-def _behind_bitcasts(instruction: _Instruction, body: _Computation) -> _Instruction:
+def _behind_bitcasts(instruction: Instruction, body: Computation) -> Instruction:
     while instruction.op == "bitcast":
         instruction = body[instruction.operands[0]]
     return instruction
 
 
-def _read_bytes(array: _Instruction, body: _Computation) -> int:
+def _read_bytes(array: Instruction, body: Computation) -> int:
     """Return the bytes of an array that a fusion's body reads."""
     total = 0
     for user in body.values():
@@ -294,14 +207,14 @@ def _read_bytes(array: _Instruction, body: _Computation) -> int:
     return total
 
 
-def _result_bytes(instruction: _Instruction, kind: KernelKind) -> int:
+def _result_bytes(instruction: Instruction, kind: KernelKind) -> int:
     """Return the bytes of the results, without the scratch memory of a library's kernel."""
     if kind == "other" or instruction.op != "custom-call":
         return instruction.bytes
     return sum(array.bytes for array in instruction.arrays if array.element not in ("s8", "u8"))
 
 
-def _library_flops(call: _Instruction, operands: Sequence[_Instruction]) -> tuple[KernelKind, int]:
+def _library_flops(call: Instruction, operands: Sequence[Instruction]) -> tuple[KernelKind, int]:
     """Return what a call of cuBLAS or cuDNN computes, and its operations."""
     found = re.search(r'custom_call_target="([^"]*)"', call.attributes)
     target = found[1] if found else ""
@@ -320,18 +233,18 @@ def _library_flops(call: _Instruction, operands: Sequence[_Instruction]) -> tupl
     return "other", 0
 
 
-def _integers(pattern: str, instruction: _Instruction) -> list[int]:
+def _integers(pattern: str, instruction: Instruction) -> list[int]:
     found = re.search(pattern, instruction.attributes)
     return [int(number) for number in re.findall(r"\d+", found[1])] if found else []
 
 
-def _product_flops(product: _Instruction, left: _Instruction, contracted: Sequence[int]) -> int:
+def _product_flops(product: Instruction, left: Instruction, contracted: Sequence[int]) -> int:
     sides = left.arrays[0].shape
     return 2 * product.arrays[0].size * math.prod(sides[axis] for axis in contracted)
 
 
 def _convolution_flops(
-    convolution: _Instruction, operands: Sequence[_Instruction], target: str = ""
+    convolution: Instruction, operands: Sequence[Instruction], target: str = ""
 ) -> int:
     """Return the operations of a convolution or of one of its gradients.
 
