@@ -190,9 +190,10 @@ class Program:
         """Return real arguments on the current mesh, which a run may use up."""
         return self.make_inputs(real_input)
 
-    def compile(self) -> jax.stages.Compiled:
+    def compile(self, compiler_options: dict[str, Any] | None = None) -> jax.stages.Compiled:
         """Compile for the current mesh; its devices need not be here."""
-        return self.function.lower(*self.abstract_inputs(), **self.settings).compile()
+        lowered = self.function.lower(*self.abstract_inputs(), **self.settings)
+        return lowered.compile(compiler_options or None)
 
 
 def tune_step_program(networks: Networks, size: Size) -> Program:
