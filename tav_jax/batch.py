@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the batch command with these arguments, by default the process's own."""
     args = _parser().parse_args(argv)
     numbers = {"--batch-size": args.batch_size, "--workers": args.workers}
     if wrong := [f"{name} {value}" for name, value in numbers.items() if value < 1]:

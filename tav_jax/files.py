@@ -23,7 +23,7 @@ POLL = 0.2  # seconds between two looks at a claim that is waited for
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, and puts it in the place of `path` once that has succeeded.
+    """Return a path to write to, and puts it in the place of `path` once that has succeeded.
 
     Nobody reads half a file, and each writer has a path of its own: of several at once the last
     one's file stays.
@@ -39,7 +39,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def remove_partials(path: Path) -> None:
-    """Removes what writers of `path` left when they were killed; nobody may be writing it."""
+    """Remove what writers of `path` left when they were killed; nobody may be writing it."""
     for partial in path.parent.glob(f"{_partial_stem(path)}*"):
         partial.unlink(missing_ok=True)
 
@@ -51,7 +51,7 @@ def _partial_stem(path: Path) -> str:
 
 @contextmanager
 def claim(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Keeps other processes from claiming `path`; tells whether that was granted.
+    """Keep other processes from claiming `path`; tells whether that was granted.
 
     Whoever is granted it must look whether the file is there by now: the one before may have
     written it. It may not be granted if another process has it and `wait` is false, or if that one
@@ -78,7 +78,7 @@ def claim(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def remove_lock(path: Path) -> None:
-    """Removes the lock of a file that is there, as the end of a claim does, or a kill did not.
+    """Remove the lock of a file that is there, as the end of a claim does, or a kill did not.
 
     Without the file it stays: two processes could come to hold two locks of one name, one of them
     removed. With it they do so for nothing, since whoever is granted a claim looks first.
@@ -92,6 +92,6 @@ def _lock_path(path: Path) -> Path:
 
 
 def first_unwritable_parent(path: Path) -> Path | None:
-    """Returns what keeps a file or folder from being created at `path`: None, if it can be."""
+    """Return what keeps a file or folder from being created at `path`: None, if it can be."""
     nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
     return None if nearest.is_dir() and os.access(nearest, os.W_OK) else nearest

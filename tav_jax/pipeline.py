@@ -29,7 +29,14 @@ from tav_jax.diffusion.sampling import run_steps
 from tav_jax.diffusion.schedule import NoiseSchedule
 from tav_jax.errors import UserError
 from tav_jax.models.network import Network
-from tav_jax.parallel.sharding import denoiser, gather_to_host, laid, over_frames, videos
+from tav_jax.parallel.sharding import (
+    constrain,
+    denoiser,
+    gather_to_host,
+    over_frames,
+    shard,
+    video_sharding,
+)
 from tav_jax.pretrained.model import Model, tokenize
 from tav_jax.progress import progress_bar
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
@@ -69,7 +76,7 @@ def _loop(name: str, make_sampler: Callable[..., Sampler]) -> Callable:
         predict = guide(denoiser(unet), context, negative_context, guidance_scale)
         state, _ = run_steps(make_sampler(schedule, num_steps, *noise), predict, state, start, stop)
         # The next part takes this part's state, so it must be sharded in the same way.
-        return laid(state, videos)
+        return constrain(state, video_sharding)
 
     loop.__name__ = name  # what logs, profiles and the cache on disk call the program
     return jax.jit(loop, static_argnames="num_steps", donate_argnames="state")
@@ -80,7 +87,9 @@ encode_video = jax.jit(over_frames(lambda vae, pixel_values: vae.bind().encode(p
 decode_video = jax.jit(over_frames(lambda vae, latents: vae.bind().decode(latents)))
 # The unused network commits the copy to the network's device, as the loop's own results are.
 # Committed and uncommitted inputs would compile the loop twice.
-_copy = jax.jit(lambda state, unet: laid(jax.tree.map(jnp.copy, state), videos), keep_unused=True)
+_copy = jax.jit(
+    lambda state, unet: constrain(jax.tree.map(jnp.copy, state), video_sharding), keep_unused=True
+)
 ddim_invert_loop = _loop("ddim_invert", ddim_inverse)
 ddim_sample_loop = _loop("ddim_sample", ddim)
 dpm_solver_sample_loop = _loop("dpm_solver_sample", dpm_solver)
@@ -116,15 +125,15 @@ def _run(
 
 
 def encode_prompts(model: Model, prompts: Sequence[str]) -> Context:
-    """Returns the text states of each prompt; one that is too long is cut, with a warning."""
+    """Return the text states of each prompt; one that is too long is cut, with a warning."""
     return _encode_text(model.text_encoder, tokenize(model, prompts))
 
 
 def encode_frames(model: Model, frames: UInt8[np.ndarray, "f H W 3"]) -> Moments:
-    """Returns the posterior of a clip, as a batch of one.
+    """Return the posterior of a clip, as a batch of one.
 
     Raises:
-        ValueError: the frames' sides are no multiples of the autoencoder's factor.
+        UserError: the frames' sides are no multiples of the autoencoder's factor.
     """
     factor = model.vae.config.downsampling
     if frames.shape[1] % factor or frames.shape[2] % factor:
@@ -136,12 +145,12 @@ def encode_frames(model: Model, frames: UInt8[np.ndarray, "f H W 3"]) -> Moments
 
 
 def decode_latents(model: Model, latents: Latents) -> PixelValues:
-    """Returns pixel values of scaled latents, nominally in [-1, 1]."""
+    """Return pixel values of scaled latents, nominally in [-1, 1]."""
     return decode_video(model.vae, latents)
 
 
 def posterior_mean_latents(model: Model, moments: Moments) -> Latents:
-    """Returns the scaled mean of a clip's posterior: what is inverted.
+    """Return the scaled mean of a clip's posterior: what is inverted.
 
     The published code inverts the last training step's sample of it, which is that plus noise.
     """
@@ -151,7 +160,7 @@ def posterior_mean_latents(model: Model, moments: Moments) -> Latents:
 def random_latents(
     model: Model, seeds: Sequence[int], video_length: int, height: int, width: int
 ) -> Latents:
-    """Returns unit Gaussian latents, an item a seed, for sampling without a clip's motion."""
+    """Return unit Gaussian latents, an item a seed, for sampling without a clip's motion."""
     factor = model.vae.config.downsampling
     shape = (video_length, height // factor, width // factor, model.vae.config.latent_channels)
     return jnp.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
@@ -160,7 +169,7 @@ def random_latents(
 def invert_latents(
     model: Model, latents: Latents, *, num_inv_steps: int = 50, progress: bool = False
 ) -> Latents:
-    """Returns the noise that DDIM would turn into the given clean latents, under no prompt."""
+    """Return the noise that DDIM would turn into the given clean latents, under no prompt."""
     context = jnp.repeat(encode_prompts(model, [""]), len(latents), axis=0)
     return _run(
         "inverting",
@@ -187,7 +196,7 @@ def sample_latents(
     seeds: Sequence[int] | None = None,
     progress: bool = False,
 ) -> Latents:
-    """Returns the clean latents that guided sampling finds under each prompt, all in one batch.
+    """Return the clean latents that guided sampling finds under each prompt, all in one batch.
 
     Args:
         latents: Noise, one item per prompt, or one for all.
@@ -230,7 +239,7 @@ def compile_train_step(
     labels: dict,
     gradient_accumulation_steps: int = 1,
 ) -> TrainStep:
-    """Returns `train_step`, jitted, its state donated.
+    """Return `train_step`, jitted, its state donated.
 
     Args:
         scaling_factor: The autoencoder's, as its config has it.
@@ -258,7 +267,7 @@ def tune_clip(
     key: PRNGKey | None = None,
     progress: bool = False,
 ) -> Model:
-    """Returns the model tuned on one captioned clip (Wu et al. 2023, section 3.2).
+    """Return the model tuned on one captioned clip (Wu et al. 2023, section 3.2).
 
     The given model stays usable. For checkpoints, logs and resumption run `tav_jax.tune`.
 
@@ -271,7 +280,7 @@ def tune_clip(
     step = compile_train_step(model.vae.config.scaling_factor, optimizer=optimizer, labels=labels)
     # The step donates its state, and the caller's parameters are not ours to give away.
     unet = jax.tree.map(jnp.copy, model.unet)
-    state = laid(init_state(unet, optimizer, jax.random.key(0) if key is None else key))
+    state = shard(init_state(unet, optimizer, jax.random.key(0) if key is None else key))
     moments, context = encode_frames(model, frames), encode_prompts(model, [prompt])
     # A bar in a terminal alone: a log file is not what a library call writes to.
     for _ in tqdm(range(max_train_steps), desc="tuning", disable=None if progress else True):
@@ -289,7 +298,7 @@ def edit_clip(
     num_inference_steps: int = 50,
     progress: bool = False,
 ) -> UInt8[np.ndarray, "p f H W 3"]:
-    """Returns a video per prompt with the clip's motion (Wu et al. 2023, section 3.3).
+    """Return a video per prompt with the clip's motion (Wu et al. 2023, section 3.3).
 
     Inverts the clip in as many steps as it samples, and samples all prompts in one batch.
 

@@ -28,7 +28,7 @@ from tav_jax.models.attention.dispatch import AttentionImplementation
 from tav_jax.models.compute import GradientCheckpointing
 from tav_jax.models.network import Network
 from tav_jax.models.unet import UNet3DConditionModel
-from tav_jax.parallel.sharding import denoiser, laid, make_mesh, on_mesh
+from tav_jax.parallel.sharding import denoiser, make_mesh, on_mesh, shard
 from tav_jax.pretrained import model as stable_diffusion
 from tav_jax.pretrained import weights
 from tav_jax.runs.config import parse_mesh
@@ -111,7 +111,7 @@ class GoldenSet:
         )
         tuned = stable_diffusion.load_unet(folder / "tuned" / "unet")
         tuned = replace(tuned, compute=self.base.unet.compute)
-        self.tuned = self.base.with_unet(laid(tuned))
+        self.tuned = self.base.with_unet(shard(tuned))
 
     def case(self, name: str) -> dict[str, Any]:
         start = f"{name}."
@@ -251,7 +251,7 @@ def tune(golden: GoldenSet) -> Iterator[Row]:
         )
         return apply_gradients(state, gradients, optimizer), loss, gradients
 
-    state = laid(init_state(unet, optimizer, jax.random.key(0)))
+    state = shard(init_state(unet, optimizer, jax.random.key(0)))
     latents = channels_last(case["x0"])
     losses, norms = [], []
     for index in range(settings["steps"]):

@@ -87,10 +87,10 @@ class Job:
 
 
 def start() -> None:
-    """Joins the processes of this run, if there are several; to be called before JAX computes.
+    """Join the processes of this run, if there are several; to be called before JAX computes.
 
     Raises:
-        ValueError: the environment describes no whole job; lists what is missing or wrong.
+        UserError: the environment describes no whole job; lists what is missing or wrong.
     """
     job = read_job(os.environ)
     if job is None:
@@ -137,7 +137,7 @@ class _Variables:
 
 
 def read_job(environment: Mapping[str, str]) -> Job | None:
-    """Returns the job that this process is one of several in, or None; raises as `start` does."""
+    """Return the job that this process is one of several in, or None; raises as `start` does."""
     variables = _Variables(environment)
     if variables.text(NUM_PROCESSES) == "1":
         job = None
@@ -183,7 +183,7 @@ def _launched_job(variables: _Variables) -> Job | None:
 
 
 def _one_gpu_each(variables: _Variables, launcher: Launcher, count: int) -> bool:
-    """Returns whether the processes of a host all see its GPUs, and are to have one each."""
+    """Return whether the processes of a host all see its GPUs, and are to have one each."""
     if launcher.method == "slurm":
         sees_its_own = ("SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU")
         one_a_node = variables.number("SLURM_STEP_NUM_NODES") == count
@@ -204,13 +204,13 @@ def _tpu_job() -> Job | None:
 
 
 def is_main_process() -> bool:
-    """Returns whether this is process 0, the one that writes. All read."""
+    """Return whether this is process 0, the one that writes. All read."""
     # Not by jax.process_index, which would have the processes tell each other their devices first.
     return global_state.process_id == 0
 
 
 def wait_for_all(name: str, seconds: float) -> None:
-    """Returns once all processes have called this with that name.
+    """Return once all processes have called this with that name.
 
     Raises:
         MissingProcessError: some have not, in that time.
@@ -230,7 +230,7 @@ def wait_for_all(name: str, seconds: float) -> None:
 
 
 def broadcast_from_main(flags: Sequence[bool]) -> list[bool]:
-    """Returns in all processes what process 0 has found; all must call this.
+    """Return in all processes what process 0 has found; all must call this.
 
     Whether a file is there is not the same for two processes at two moments, and they must not go
     on to different programs.
@@ -242,7 +242,7 @@ def broadcast_from_main(flags: Sequence[bool]) -> list[bool]:
 
 
 def exit_together(run: Callable[[], int]) -> int:
-    """Returns the exit status that `run` returns; of several processes, ends the one that fails.
+    """Return the exit status that `run` returns; of several processes, ends the one that fails.
 
     At an orderly exit a process waits for the others, which may wait for it in a collective.
     """
@@ -266,7 +266,7 @@ def exit_together(run: Callable[[], int]) -> int:
 
 
 def _wait_for_verdict() -> None:
-    """Gives JAX the time to find that a process is gone, upon which it ends this one.
+    """Return JAX the time to find that a process is gone, upon which it ends this one.
 
     What they compute together may fail before that is known, with an error that says less.
     """

@@ -42,7 +42,7 @@ TEMPORAL = ("attn_temp", "norm_temp")
 
 
 def parameter_name(name: str, rank: int) -> str:
-    """Returns the name here of a checkpoint's tensor."""
+    """Return the name here of a checkpoint's tensor."""
     *path, leaf = name.split(".")
     path = [OLD_NAMES.get(part, part) for part in path]
     if leaf == "weight":
@@ -52,13 +52,13 @@ def parameter_name(name: str, rank: int) -> str:
 
 
 def tensor_name(name: str) -> str:
-    """Returns the name in a checkpoint of a parameter here."""
+    """Return the name in a checkpoint of a parameter here."""
     *path, leaf = name.split(".")
     return ".".join([*path, leaf if leaf == "bias" else "weight"])
 
 
 def to_parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
-    """Returns a checkpoint's tensor under its name and in its layout here (a view)."""
+    """Return a checkpoint's tensor under its name and in its layout here (a view)."""
     name = parameter_name(name, tensor.ndim)
     if name.endswith(".kernel"):
         tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
@@ -66,7 +66,7 @@ def to_parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def to_tensor(name: str, parameter: np.ndarray) -> tuple[str, np.ndarray]:
-    """Returns a parameter under its name and in its layout in a checkpoint."""
+    """Return a parameter under its name and in its layout in a checkpoint."""
     if name.endswith(".kernel"):
         parameter = parameter.transpose(3, 2, 0, 1) if parameter.ndim == 4 else parameter.T
     return tensor_name(name), np.ascontiguousarray(parameter)
@@ -80,7 +80,7 @@ def merge(
     where: str = "checkpoint",
     may_lack: tuple[str, ...] = (),
 ) -> Params:
-    """Returns a network's parameters from a checkpoint's tensors, each cast as it passes by.
+    """Return a network's parameters from a checkpoint's tensors, each cast as it passes by.
 
     Args:
         shapes: What the network has, as `parameter_shapes` gives it.
@@ -89,7 +89,7 @@ def merge(
         may_lack: Modules whose parameters need not be there.
 
     Raises:
-        ValueError: tensors are missing, left over or of other shapes; all are listed.
+        UserError: tensors are missing, left over or of other shapes; all are listed.
     """
     published = {tensor_name(name): name for name in shapes}
     params: Params = {}
@@ -132,7 +132,7 @@ def inflate(
     *,
     dtype_of: Callable[[str], str] = lambda name: "float32",
 ) -> Params:
-    """Returns an image U-Net's parameters with fresh temporal ones added.
+    """Return an image U-Net's parameters with fresh temporal ones added.
 
     Wu et al. 2023, section 3.2. The temporal attention's output projection starts at zero, so
     that the network starts as the image U-Net, frame by frame. The published code zeroes only
@@ -156,7 +156,7 @@ def inflate(
 def read_tensors(
     folder: Path, stem: str, variant: str | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields name and tensor from a network's weight files, one at a time.
+    """Yield name and tensor from a network's weight files, one at a time.
 
     Args:
         folder: One network's folder, such as `stable-diffusion-v1-4/unet`.
@@ -164,8 +164,8 @@ def read_tensors(
         variant: Of the files' names, such as "fp16"; by default the plain ones, else fp16.
 
     Raises:
-        FileNotFoundError: there are no weights, or shards that the index names are not there.
-        ValueError: a file is damaged, or is pickled and PyTorch is not installed.
+        MissingFileError: there are no weights, or shards that the index names are not there.
+        UserError: a file is damaged, or is pickled and PyTorch is not installed.
     """
     chosen = choose_weights([path.name for path in folder.iterdir()], stem, variant)
     if chosen is None:
@@ -185,7 +185,7 @@ def read_tensors(
 
 
 def choose_weights(names: Iterable[str], stem: str, variant: str | None = None) -> str | None:
-    """Returns which file of a network's folder has its weights, or the index of their shards.
+    """Return which file of a network's folder has its weights, or the index of their shards.
 
     `.safetensors` before PyTorch's pickled `.bin`, plain before fp16, whole before sharded.
     """
@@ -205,7 +205,7 @@ def choose_weights(names: Iterable[str], stem: str, variant: str | None = None) 
 
 
 def shard_names(index: Path) -> list[str]:
-    """Returns the names of the files that an index distributes the tensors over."""
+    """Return the names of the files that an index distributes the tensors over."""
     try:
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -243,7 +243,7 @@ def _read_pickled(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def save_tensors(path: Path, params: Mapping[str, Array]) -> None:
-    """Writes parameters as a `.safetensors` file of the published layout, whole or not at all."""
+    """Write parameters as a `.safetensors` file of the published layout, whole or not at all."""
     tensors = dict(to_tensor(name, np.asarray(value)) for name, value in params.items())
     with atomic_write(path) as partial:
         # The published code's loader asks for this mark.

@@ -32,7 +32,7 @@ from tav_jax.runs.samples import Job, Sample, group_by_batch_key
 
 
 def work(jobs: Sequence[Job], batch_size: int) -> Iterator[Path]:
-    """Yields the path of each video that this process writes; at the end all jobs are done."""
+    """Yield the path of each video that this process writes; at the end all jobs are done."""
     # First runs that no other worker is at, so that each loads a model of its own; its first has
     # the claim of its contact sheet.
     for job in jobs:
@@ -56,7 +56,7 @@ def work(jobs: Sequence[Job], batch_size: int) -> Iterator[Path]:
 
 
 def sample_free(job: Job, batch_size: int, *, wait: bool = False) -> Iterator[Path]:
-    """Yields the paths of a job's videos that were missing and claimed by no other process.
+    """Yield the paths of a job's videos that were missing and claimed by no other process.
 
     The model is loaded only if there are any.
 
@@ -83,7 +83,7 @@ def sample_free(job: Job, batch_size: int, *, wait: bool = False) -> Iterator[Pa
 def claim_batch(
     job: Job, group: list[Sample], size: int, claims: ExitStack, *, wait: bool
 ) -> list[Sample]:
-    """Returns up to `size` samples that are missing and ours until `claims` is closed.
+    """Return up to `size` samples that are missing and ours until `claims` is closed.
 
     Takes what is done out of `group`.
 
@@ -107,14 +107,15 @@ def claim_batch(
 
 
 def missing_samples(job: Job) -> list[Sample]:
+    """Return the wanted samples whose videos are not there."""
     return [sample for sample in job.wanted if not job.is_done(sample)]
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the lines of a manifest by their video; none if there is no such file.
+    """Return the lines of a manifest by their video; none if there is no such file.
 
     Raises:
-        ValueError: the file is something else.
+        UserError: the file is something else.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -129,7 +130,7 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_manifest(path: Path, jobs: Sequence[Job]) -> list[Path]:
-    """Writes a line of JSON for each video, in the plan's order; returns those that are missing.
+    """Write a line of JSON for each video, in the plan's order; returns those that are missing.
 
     A line has the run, the settings, the video's path from the manifest's folder, its bytes and
     SHA-256, null if it is missing.

@@ -198,14 +198,14 @@ class TuneConfig:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TuneConfig, list[str]]:
-    """Returns a run's settings from a YAML file, and notes about keys that do nothing here.
+    """Return a run's settings from a YAML file, and notes about keys that do nothing here.
 
     Args:
         overrides: `key=value` with dots for nested keys: `train_data.n_sample_frames=4`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not YAML, or keys or values are wrong; all are listed.
+        MissingFileError: there is no such file.
+        UserError: it is not YAML, or keys or values are wrong; all are listed.
     """
     return _config_and_notes(read_tree(path, overrides), str(path))
 
@@ -213,7 +213,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TuneCo
 def load_clips(
     path: str | Path, clips: str | Path, overrides: Sequence[str] = ()
 ) -> tuple[list[TuneConfig], list[str]]:
-    """Returns the settings of several runs, and the notes of all; raises as `load_config` does.
+    """Return the settings of several runs, and the notes of all; raises as `load_config` does.
 
     Args:
         path: What they have in common.
@@ -262,17 +262,17 @@ def _config_and_notes(tree: dict[str, Any], where: str) -> tuple[TuneConfig, lis
 
 
 def parse_config(tree: dict[str, Any], where: str = "config") -> TuneConfig:
-    """Returns settings from nested dictionaries; raises as `load_config` does."""
+    """Return settings from nested dictionaries; raises as `load_config` does."""
     return parse(TuneConfig, tree, where)
 
 
 def parse_mesh(text: str) -> MeshSizes:
-    """Returns sizes from `data=1,frames=4`; raises as `load_config` does."""
+    """Return sizes from `data=1,frames=4`; raises as `load_config` does."""
     return parse(MeshSizes, override({}, text.split(",")), "--mesh")
 
 
 def with_absolute_paths(config: TuneConfig) -> TuneConfig:
-    """Returns the same settings, to be read from any working directory."""
+    """Return the same settings, to be read from any working directory."""
 
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().absolute())
@@ -289,12 +289,12 @@ def with_absolute_paths(config: TuneConfig) -> TuneConfig:
 
 
 def dump_config(config: TuneConfig) -> str:
-    """Returns the YAML that `load_config` reads back to the same settings."""
+    """Return the YAML that `load_config` reads back to the same settings."""
     return yaml.safe_dump(to_plain(asdict(config)), sort_keys=False, allow_unicode=True)
 
 
 def differences(ours: TuneConfig, theirs: TuneConfig) -> list[str]:
-    """Returns the keys in which two runs differ, with both values, but for `EXECUTION_KEYS`."""
+    """Return the keys in which two runs differ, with both values, but for `EXECUTION_KEYS`."""
     mine, other = flatten(asdict(ours)), flatten(asdict(theirs))
     return [
         f"{key}: {other[key]!r} there, {value!r} here"

@@ -18,7 +18,7 @@ from tav_jax.console import raise_if_interrupted, say
 from tav_jax.errors import UserError
 from tav_jax.models.compute import GradientCheckpointing
 from tav_jax.parallel.processes import is_main_process
-from tav_jax.parallel.sharding import gather_to_host, laid
+from tav_jax.parallel.sharding import gather_to_host, shard
 from tav_jax.pipeline import compile_train_step, encode_prompts
 from tav_jax.pretrained.model import Model, tokenize
 from tav_jax.progress import progress_bar
@@ -132,7 +132,7 @@ def prepare(run: Run, programs: Programs) -> Tuning:
         adam_weight_decay=config.adam_weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
-    state = laid(init_state(model.unet, optimizer, jax.random.key(config.seed)))
+    state = shard(init_state(model.unet, optimizer, jax.random.key(config.seed)))
     tuning = Tuning(run, model, state, labels, learning_rate, stages)
     tuning.state = resume(tuning)
     if tuning.start >= tuning.end and run.latest_step() is None:
@@ -227,10 +227,10 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
 def fitting_program(
     config: TuneConfig, step: Any, state: TrainState, inputs: tuple[Moments, Context, Any]
 ) -> tuple[GradientCheckpointing, Callable]:
-    """Returns the compiled step, with the preset that fits, of which its state is to be.
+    """Return the compiled step, with the preset that fits, of which its state is to be.
 
     Raises:
-        ValueError: nothing that is allowed fits into memory; says what would.
+        UserError: nothing that is allowed fits into memory; says what would.
     """
     moments, context, schedule = inputs
     data = config.train_data
@@ -272,7 +272,7 @@ def config_keys(alternative: Alternative, asked: Size) -> str:
 
 
 def step_settings(config: TuneConfig) -> TuneConfig:
-    """Returns a config without what the tuning step's program does not depend on."""
+    """Return a config without what the tuning step's program does not depend on."""
     return replace(
         config,
         output_dir="",

@@ -24,13 +24,13 @@ MISFIT = "not a checkpoint of this network and optimiser"
 
 
 def save_checkpoint(folder: Path, state: TrainState, trained_names: Iterable[str]) -> None:
-    """Writes `folder/<step>` and waits until it is there; one that is there already stays."""
+    """Write `folder/<step>` and waits until it is there; one that is there already stays."""
     trained = {name: state.unet.params[name] for name in trained_names}
     save_items(folder, int(state.step), trained=trained, progress=_progress(state))
 
 
 def save_items(folder: Path, step: int, **items: Any) -> None:
-    """Writes `folder/<step>` with a pytree of arrays under each name, unless it is there."""
+    """Write `folder/<step>` with a pytree of arrays under each name, unless it is there."""
     with _manager(folder) as manager:
         if step not in manager.all_steps():
             saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
@@ -38,7 +38,7 @@ def save_items(folder: Path, step: int, **items: Any) -> None:
 
 
 def latest_step(folder: Path) -> int | None:
-    """Returns the newest step that has a whole checkpoint, or None."""
+    """Return the newest step that has a whole checkpoint, or None."""
     if not folder.is_dir():
         return None
     with _manager(folder) as manager:
@@ -46,13 +46,13 @@ def latest_step(folder: Path) -> int | None:
 
 
 def restore_state(path: Path, state: TrainState, trained_names: Iterable[str]) -> TrainState:
-    """Returns the state that a checkpoint folder `.../<step>` holds, around frozen leaves of ours.
+    """Return the state that a checkpoint folder `.../<step>` holds, around frozen leaves of ours.
 
     Args:
         state: Of the same network and optimiser; gives the frozen parameters and all shapes.
 
     Raises:
-        ValueError: it holds no checkpoint, or one of another network or optimiser.
+        UserError: it holds no checkpoint, or one of another network or optimiser.
     """
     trained = restore_trained(path, {name: state.unet.params[name] for name in trained_names})
     progress = restore_item(path, "progress", _progress(state))
@@ -65,7 +65,7 @@ def restore_state(path: Path, state: TrainState, trained_names: Iterable[str]) -
 
 
 def restore_trained(path: Path, like: Params) -> Params:
-    """Returns the trained parameters of a checkpoint folder; raises as `restore_state` does.
+    """Return the trained parameters of a checkpoint folder; raises as `restore_state` does.
 
     Args:
         like: Parameters with the names, shapes and types that are expected.
@@ -85,7 +85,7 @@ def _progress(state: TrainState) -> dict[str, Any]:
 
 
 def restore_item(path: Path, item: str, like: Any) -> Any:
-    """Returns one pytree of a checkpoint folder, of the structure, shapes and types of `like`."""
+    """Return one pytree of a checkpoint folder, of the structure, shapes and types of `like`."""
     if not (path / item).is_dir():
         raise UserError(f"{path}: no checkpoint of ours; expected a folder checkpoints/<step>")
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -105,7 +105,7 @@ def restore_item(path: Path, item: str, like: Any) -> Any:
 
 
 def _differences(item: Path, like: Params) -> list[str]:
-    """Returns which parameters on disk have other names or shapes than those expected."""
+    """Return which parameters on disk have other names or shapes than those expected."""
     with _without_metadata_warning(), ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(item.absolute()).item_metadata
     if metadata is None:  # damaged, as restoring will say

@@ -20,13 +20,13 @@ TRAINABLE_MODULES = ("attn1.to_q", "attn2.to_q", "attn_temp")
 
 
 def label_params(names: Iterable[str], trainable_modules: Sequence[str]) -> dict[str, Label]:
-    """Returns "train" or "freeze" for every parameter name.
+    """Return "train" or "freeze" for every parameter name.
 
     A pattern names a module by the end of its path, whole names only, as `trainable_modules` of
     the original does: "attn1.to_q" is every `...attn1.to_q.kernel`, "attn_temp" all below it.
 
     Raises:
-        ValueError: a pattern matches nothing; all such patterns are listed, with near names.
+        UserError: a pattern matches nothing; all such patterns are listed, with near names.
     """
     names = list(names)
     unmatched = [
@@ -54,7 +54,7 @@ def _no_match(pattern: str, names: list[str]) -> str:
 
 
 def select(params: Params, labels: dict[str, Label], label: Label) -> Params:
-    """Returns the parameters that carry a label."""
+    """Return the parameters that carry a label."""
     return {name: value for name, value in params.items() if labels[name] == label}
 
 
@@ -68,7 +68,7 @@ def make_optimizer(
     adam_weight_decay: float = 1e-2,
     max_grad_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Returns AdamW for the parameters labelled "train" and nothing at all for the others.
+    """Return AdamW for the parameters labelled "train" and nothing at all for the others.
 
     Loshchilov & Hutter 2019 (arXiv:1711.05101). Clipping sits inside the trained branch: the norm
     is then over what trains, as in the original, and no frozen weight's gradient is ever used, so
@@ -88,7 +88,7 @@ def make_optimizer(
 def make_lr_schedule(
     name: LRScheduler, learning_rate: float, *, warmup_steps: int, total_steps: int
 ) -> optax.Schedule:
-    """Returns the learning rate of each update, counted from 0.
+    """Return the learning rate of each update, counted from 0.
 
     The names are diffusers' `get_scheduler`'s. "constant" takes no warm-up, there as here; the
     others rise from 0 over `warmup_steps` and then fall to 0 at `total_steps` (polynomial: to

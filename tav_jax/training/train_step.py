@@ -14,7 +14,7 @@ from tav_jax.errors import NotLearningError
 from tav_jax.models.network import Network, in_modules
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import sample_posterior
-from tav_jax.parallel.sharding import denoiser, laid
+from tav_jax.parallel.sharding import constrain, denoiser
 from tav_jax.training.optimizer import Label, select
 from tav_jax.types import Context, Denoiser, Latents, Moments, Params, PRNGKey, Scalar, Timesteps
 
@@ -44,14 +44,14 @@ class NoisedBatch(NamedTuple):
 def init_state(
     unet: Network[UNet3DConditionModel], optimizer: optax.GradientTransformation, key: PRNGKey
 ) -> TrainState:
-    """Returns the state before the first step."""
+    """Return the state before the first step."""
     return TrainState(unet, optimizer.init(unet.params), jnp.int32(0), key)
 
 
 def denoising_loss(
     denoise: Denoiser, schedule: NoiseSchedule, draw: NoisedBatch, context: Context
 ) -> Scalar:
-    """Returns the mean squared error of the prediction, in float32.
+    """Return the mean squared error of the prediction, in float32.
 
     Wu et al. 2023, eq. 1 (Ho et al. 2020, eq. 14), or its v-prediction form.
     """
@@ -64,7 +64,7 @@ def denoising_loss(
 def draw_batch(
     key: PRNGKey, moments: Moments, schedule: NoiseSchedule, scaling_factor: float
 ) -> NoisedBatch:
-    """Returns latents from the posterior, noise, and one uniform timestep per clip.
+    """Return latents from the posterior, noise, and one uniform timestep per clip.
 
     The posterior is sampled anew for each step, as the published code does by encoding again.
     """
@@ -84,7 +84,7 @@ def loss_and_gradients(
     draw: NoisedBatch,
     context: Context,
 ) -> tuple[Scalar, Params]:
-    """Returns the loss and its gradients by the parameters labelled "train".
+    """Return the loss and its gradients by the parameters labelled "train".
 
     The derivative is written for the whole network. What is not selected is not computed: the
     compiler drops it (a test counts the FLOPs).
@@ -98,7 +98,7 @@ def loss_and_gradients(
 def apply_gradients(
     state: TrainState, gradients: Params, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Returns the state one update on, given the gradients of all that trains.
+    """Return the state one update on, given the gradients of all that trains.
 
     The other leaves are handed on untouched, as the very same buffers.
     """
@@ -107,8 +107,8 @@ def apply_gradients(
     updates, opt_state = optimizer.update(every, state.opt_state, params)
     moved = {name: optax.apply_updates(params[name], updates[name]) for name in gradients}
     unet = state.unet.with_params(params | moved)
-    # The next step takes this one's state, so it lies as the first did.
-    return laid(state._replace(unet=unet, opt_state=opt_state, step=state.step + 1))
+    # The next step takes this state, so it must be sharded in the same way.
+    return constrain(state._replace(unet=unet, opt_state=opt_state, step=state.step + 1))
 
 
 def train_step(
@@ -122,7 +122,7 @@ def train_step(
     scaling_factor: float,
     gradient_accumulation_steps: int = 1,
 ) -> tuple[TrainState, dict[str, Scalar]]:
-    """Returns the state after one update, with its `loss` and `grad_norm` (before clipping).
+    """Return the state after one update, with its `loss` and `grad_norm` (before clipping).
 
     Args:
         moments: Posterior of the clip as `vae.encode` gives it, one batch item per draw.
@@ -147,7 +147,7 @@ def train_step(
 
 
 def fingerprints(params: Params) -> dict[str, UInt32[Array, ""]]:
-    """Returns a number per parameter that changes when any bit of the parameter does.
+    """Return a number per parameter that changes when any bit of the parameter does.
 
     A sum of the bit patterns, each times its own odd number, modulo 2^32.
     """
@@ -166,7 +166,7 @@ def check_movement(
     labels: dict[str, Label],
     trainable_modules: Sequence[str],
 ) -> None:
-    """Raises unless every trained group has moved and no frozen parameter has.
+    """Raise unless every trained group has moved and no frozen parameter has.
 
     Args:
         before, after: Fingerprints of the U-Net's parameters, some updates apart.
