@@ -28,6 +28,7 @@ from tav_jax.models.attention.dispatch import AttentionImplementation
 from tav_jax.models.compute import GradientCheckpointing
 from tav_jax.models.network import Network
 from tav_jax.models.unet import UNet3DConditionModel
+from tav_jax.models.vae import split_moments
 from tav_jax.parallel.sharding import denoiser, make_mesh, on_mesh, shard
 from tav_jax.pretrained import model as stable_diffusion
 from tav_jax.pretrained import weights
@@ -151,7 +152,7 @@ def text(golden: GoldenSet) -> Iterator[Row]:
 def vae(golden: GoldenSet) -> Iterator[Row]:
     case, network = golden.case("vae"), golden.base.vae
     moments = jax.jit(lambda vae, x: vae.bind().encode(x))(network, pictures_last(case["pixels"]))
-    mean, logvar = jnp.split(moments, 2, axis=-1)
+    mean, logvar = split_moments(moments)
     yield compare("vae.mean", pictures_first(mean), case["mean"], SINGLE)
     yield compare("vae.logvar", pictures_first(logvar), case["logvar"], SINGLE)
     latents = pictures_last(case["latents"]) * network.config.scaling_factor

@@ -125,8 +125,13 @@ def ddim_step(
     `final_alpha_cumprod`.
 
     Args:
+        schedule: The noise schedule.
         model_output: Prediction at `timestep`, after guidance.
-        noise: Unit Gaussian; with it, sigma follows eq. 16 and `eta`.
+        latents: Latents at `timestep`.
+        timestep: Where the step starts.
+        step_size: Distance to the next timestep, in training timesteps.
+        eta: Share of the noise of eq. 16, from 0 (DDIM) to 1 (DDPM). Used only with `noise`.
+        noise: Standard normal noise. Without it the step is deterministic.
     """
     alpha = schedule.alphas_cumprod[timestep]
     alpha_to = _alpha_or_final(schedule, timestep - step_size)
@@ -151,8 +156,12 @@ def ddim_inverse_step(
     the assumption that the prediction is the same at both ends (Song et al. 2021, eq. 13).
 
     Args:
-        model_output: Prediction for these latents as if they were at `timestep` already, which
-            is how the published code calls the network.
+        schedule: The noise schedule.
+        model_output: Prediction for these latents as if they were at `timestep` already. The
+            published code calls the network in the same way.
+        latents: Latents at `timestep - step_size`.
+        timestep: Where the step ends.
+        step_size: Distance between the two timesteps, in training timesteps.
     """
     alpha = _alpha_or_final(schedule, timestep - step_size)
     alpha_to = schedule.alphas_cumprod[timestep]
@@ -173,11 +182,11 @@ def dpm_solver_timesteps(schedule: NoiseSchedule, num_steps: int) -> Int32[np.nd
 def dpm_solver_coefficients(
     schedule: NoiseSchedule, timesteps: Int32[np.ndarray, "n"]
 ) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
-    """Return a, b, c of each step x' = a x + b x0 + c (x0 - former x0), the last to the data.
+    """Return a, b, c of each step x' = a x + b x0 + c (x0 - previous x0), down to the data.
 
     DPM-Solver++(2M), Lu et al. 2022 (arXiv:2211.01095), algorithm 2: with lambda the logarithm of
     signal over noise, h = lambda' - lambda and h' the step before's, a = sigma' / sigma,
-    b = -alpha' (exp(-h) - 1), c = b h / (2 h'). The first step has no former one, and the last,
+    b = -alpha' (exp(-h) - 1), c = b h / (2 h'). The first step has no previous one, and the last,
     where h is infinite, arrives at x0: both are of first order.
     """
     alphas = schedule.alphas_cumprod[timesteps]

@@ -214,7 +214,7 @@ class AutoencoderKL(nnx.Module):
         published.
         """
         moments = self._by_chunk(lambda x: self.quant_conv(self.encoder(x)), pixel_values)
-        mean, logvar = jnp.split(moments, 2, axis=-1)
+        mean, logvar = split_moments(moments)
         return jnp.concatenate([mean, jnp.clip(logvar, -30.0, 20.0)], axis=-1)
 
     def decode(self, latents: Latents) -> PixelValues:
@@ -241,6 +241,12 @@ class AutoencoderKL(nnx.Module):
         return rearrange(done, "(b f) h w c -> b f h w c", b=len(video)).astype(jnp.float32)
 
 
+def split_moments(moments: Moments) -> tuple[Latents, Latents]:
+    """Return the mean and the log variance of a posterior."""
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    return mean, logvar
+
+
 def sample_posterior(
     moments: Moments, noise: Float[Array, "b f h w c"], scaling_factor: float
 ) -> Latents:
@@ -251,5 +257,5 @@ def sample_posterior(
         noise: Standard normal noise.
         scaling_factor: That of the autoencoder's config.
     """
-    mean, logvar = jnp.split(moments, 2, axis=-1)
+    mean, logvar = split_moments(moments)
     return (mean + jnp.exp(0.5 * logvar) * noise) * scaling_factor

@@ -318,4 +318,4 @@ class _Reader:
             if not name.startswith("_") and self.published[name] not in (None, False):
                 self.problem(f"{name}: not known to us, so {self.published[name]!r} is refused")
         if self.problems:
-            raise UserError(f"{self.where}: cannot be honoured:\n" + "\n".join(self.problems))
+            raise UserError(f"{self.where}: not supported:\n" + "\n".join(self.problems))

@@ -1,7 +1,7 @@
-"""Tensors of a PyTorch checkpoint <-> parameters of a network, both ways.
+"""Convert the tensors of a PyTorch checkpoint to the parameters of a network, and back.
 
-Three steps, each to be tested alone: rename, re-lay out, merge. PyTorch's layout appears here and
-nowhere else in the package.
+There are three steps, each tested alone: rename, transpose, merge. PyTorch's layout appears in no
+other module of the package.
 
 | checkpoint           | here                | layout                                             |
 |----------------------|---------------------|----------------------------------------------------|
@@ -32,13 +32,13 @@ from tav_jax.types import Params, PRNGKey
 # Names that the autoencoder's attention had before diffusers 0.17, v1-4's files among them.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-# Tensors that are no parameters, with the reason.
+# Tensors that are not parameters, with the reason.
 IGNORED = {
     "text_model.embeddings.position_ids": "the numbers 0 to 76, saved by transformers before 4.31",
 }
 
 TEMPORAL = ("attn_temp", "norm_temp")
-"""Modules that the 3D U-Net has and the image U-Net has not."""
+"""Modules that only the 3D U-Net has."""
 
 
 def parameter_name(name: str, rank: int) -> str:
@@ -58,7 +58,7 @@ def tensor_name(name: str) -> str:
 
 
 def to_parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
-    """Return a checkpoint's tensor under its name and in its layout here (a view)."""
+    """Return a checkpoint's tensor with its name and its layout here, as a view."""
     name = parameter_name(name, tensor.ndim)
     if name.endswith(".kernel"):
         tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
@@ -66,7 +66,7 @@ def to_parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def to_tensor(name: str, parameter: np.ndarray) -> tuple[str, np.ndarray]:
-    """Return a parameter under its name and in its layout in a checkpoint."""
+    """Return a parameter with its name and its layout in a checkpoint."""
     if name.endswith(".kernel"):
         parameter = parameter.transpose(3, 2, 0, 1) if parameter.ndim == 4 else parameter.T
     return tensor_name(name), np.ascontiguousarray(parameter)
@@ -80,10 +80,11 @@ def merge(
     where: str = "checkpoint",
     may_lack: tuple[str, ...] = (),
 ) -> Params:
-    """Return a network's parameters from a checkpoint's tensors, each cast as it passes by.
+    """Return a network's parameters from a checkpoint's tensors.
 
     Args:
-        shapes: What the network has, as `parameter_shapes` gives it.
+        shapes: The network's parameters, as `parameter_shapes` gives them.
+        tensors: The checkpoint's tensors with their names. Each is cast before the next is read.
         dtype_of: The type in which a parameter of that name is stored.
         where: What messages call the checkpoint.
         may_lack: Modules whose parameters need not be there.

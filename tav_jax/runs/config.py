@@ -201,7 +201,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TuneCo
     """Return a run's settings from a YAML file, and notes about keys that do nothing here.
 
     Args:
-        overrides: `key=value` with dots for nested keys: `train_data.n_sample_frames=4`.
+        path: The file.
+        overrides: `key=value`, with dots for nested keys: `train_data.n_sample_frames=4`.
 
     Raises:
         MissingFileError: there is no such file.
@@ -213,13 +214,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TuneCo
 def load_clips(
     path: str | Path, clips: str | Path, overrides: Sequence[str] = ()
 ) -> tuple[list[TuneConfig], list[str]]:
-    """Return the settings of several runs, and the notes of all; raises as `load_config` does.
+    """Return the settings of several runs, and the notes of all.
 
     Args:
-        path: What they have in common.
-        clips: A YAML list, an item a run, of the keys that differ: `train_data` and mostly
-            `validation_data`. Where it has no `output_dir`, that is a folder in the common one,
-            named like the video.
+        path: A YAML file with what the runs have in common.
+        clips: A YAML file with a list. Each item has the keys in which one run differs:
+            `train_data`, and usually `validation_data`. The default of its `output_dir` is a
+            folder in the common `output_dir`, named like the video.
+        overrides: `key=value` for all runs, as `load_config` takes them.
+
+    Raises:
+        MissingFileError: There is no such file.
+        UserError: A file is not YAML, or keys or values are wrong; all are listed.
     """
     common = read_tree(path, overrides)
     items = read_yaml(Path(clips), "--clips")

@@ -1,4 +1,4 @@
-"""The tuning step: noise the clip, predict the noise, move what trains."""
+"""The tuning step: add noise to the clip, predict the noise, update what trains."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -20,11 +20,14 @@ from tav_jax.types import Context, Denoiser, Latents, Moments, Params, PRNGKey, 
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes, and the key that it does not.
+    """Everything that a step changes, and the key, which it does not change.
 
     Args:
-        unet: The whole network, frozen leaves too; the optimiser knows which of them move.
-        step: Updates done so far. Randomness of the next comes from `key` and this alone.
+        unet: The whole network, with the frozen parameters.
+        opt_state: The optimiser's state.
+        step: Number of updates so far. The next update's randomness depends on `key` and `step`
+            only.
+        key: The run's key.
     """
 
     unet: Network[UNet3DConditionModel]
@@ -34,7 +37,7 @@ class TrainState(NamedTuple):
 
 
 class NoisedBatch(NamedTuple):
-    """What one step draws at random, given the clip."""
+    """The random values of one step: latents of the clip, noise and a timestep."""
 
     latents: Latents
     noise: Latents
@@ -86,8 +89,8 @@ def loss_and_gradients(
 ) -> tuple[Scalar, Params]:
     """Return the loss and its gradients by the parameters labelled "train".
 
-    The derivative is written for the whole network. What is not selected is not computed: the
-    compiler drops it (a test counts the FLOPs).
+    The gradient is taken of the whole network. The compiler removes what is not selected, so no
+    weight gradient of a frozen parameter is computed (a test counts the FLOPs).
     """
     loss, gradients = jax.value_and_grad(
         lambda unet: denoising_loss(denoiser(unet), schedule, draw, context)
@@ -98,9 +101,9 @@ def loss_and_gradients(
 def apply_gradients(
     state: TrainState, gradients: Params, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Return the state one update on, given the gradients of all that trains.
+    """Return the state after one update, given the gradients of all trained parameters.
 
-    The other leaves are handed on untouched, as the very same buffers.
+    The frozen parameters stay the same buffers.
     """
     params = state.unet.params
     every = {name: gradients.get(name, jnp.zeros_like(value)) for name, value in params.items()}
@@ -125,10 +128,15 @@ def train_step(
     """Return the state after one update, with its `loss` and `grad_norm` (before clipping).
 
     Args:
-        moments: Posterior of the clip as `vae.encode` gives it, one batch item per draw.
-        context: Text states of the clip's prompt, likewise.
-        labels: As `label_params` gives them, the same that the optimiser was made with.
-        gradient_accumulation_steps: Draws, one after another, over which the gradient is a mean.
+        state: The state before the update.
+        moments: Posterior of the clip as `vae.encode` gives it, one batch item for each draw.
+        context: Text states of the clip's prompt, one batch item for each draw.
+        schedule: The noise schedule.
+        optimizer: As `make_optimizer` makes it.
+        labels: As `label_params` gives them, the same that made the optimiser.
+        scaling_factor: That of the autoencoder's config.
+        gradient_accumulation_steps: Batches of draws, computed one after another, over which the
+            gradient is a mean.
     """
     step_key = jax.random.fold_in(state.key, state.step)
 
@@ -147,9 +155,9 @@ def train_step(
 
 
 def fingerprints(params: Params) -> dict[str, UInt32[Array, ""]]:
-    """Return a number per parameter that changes when any bit of the parameter does.
+    """Return a number for each parameter that changes when one element of it changes.
 
-    A sum of the bit patterns, each times its own odd number, modulo 2^32.
+    It is the sum of the elements' bit patterns, each times an odd number of its own, modulo 2^32.
     """
 
     def fingerprint(value: Array) -> Array:
@@ -169,11 +177,13 @@ def check_movement(
     """Raise unless every trained group has moved and no frozen parameter has.
 
     Args:
-        before, after: Fingerprints of the U-Net's parameters, some updates apart.
-        trainable_modules: Each of them is a group.
+        before: Fingerprints of the U-Net's parameters at some step.
+        after: Those a few updates later.
+        labels: "train" or "freeze" for each parameter.
+        trainable_modules: The groups: in each of them some parameter must have moved.
 
     Raises:
-        NotLearningError: what stayed, or what moved, by name.
+        NotLearningError: Lists the groups that did not move, or the frozen parameters that did.
     """
     moved = {name for name in before if int(before[name]) != int(after[name])}
     still = [m for m in trainable_modules if not any(in_modules(name, [m]) for name in moved)]

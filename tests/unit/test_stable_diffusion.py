@@ -234,10 +234,10 @@ def test_a_config_that_is_missing_is_named(folder, name):
         load_model(folder)
 
 
-def test_a_config_that_cannot_be_honoured_is_named(folder):
+def test_a_config_that_is_not_supported_is_named(folder):
     edit_json(folder / "unet" / "config.json", class_embed_type="timestep")
     where = re.escape(str(folder / "unet" / "config.json"))
-    with pytest.raises(ValueError, match=rf"{where}: cannot be honoured:\n  class_embed_type"):
+    with pytest.raises(ValueError, match=rf"{where}: not supported:\n  class_embed_type"):
         load_model(folder)
 
 
