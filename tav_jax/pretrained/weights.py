@@ -133,11 +133,11 @@ def inflate(
     *,
     dtype_of: Callable[[str], str] = lambda name: "float32",
 ) -> Params:
-    """Return an image U-Net's parameters with fresh temporal ones added.
+    """Return an image U-Net's parameters together with newly initialised temporal ones.
 
-    Wu et al. 2023, section 3.2. The temporal attention's output projection starts at zero, so
-    that the network starts as the image U-Net, frame by frame. The published code zeroes only
-    its weight; the random bias shifts every token from the first step, so ours is zero too.
+    Wu et al. 2023, section 3.2. The temporal attention's output projection starts at zero, so the
+    network starts as the image U-Net applied to each frame. The published code sets only the
+    weight to zero. Its random bias shifts every token from the first step, so ours is zero too.
     """
     missing = [name for name in shapes if name not in params]
     fresh: Params = {}
@@ -162,11 +162,12 @@ def read_tensors(
     Args:
         folder: One network's folder, such as `stable-diffusion-v1-4/unet`.
         stem: `diffusion_pytorch_model` for diffusers' networks, `model` for transformers'.
-        variant: Of the files' names, such as "fp16"; by default the plain ones, else fp16.
+        variant: The variant in the files' names, such as "fp16". By default files without a
+            variant are read, or fp16 if there are none.
 
     Raises:
-        MissingFileError: there are no weights, or shards that the index names are not there.
-        UserError: a file is damaged, or is pickled and PyTorch is not installed.
+        MissingFileError: There are no weights, or some shards are missing.
+        UserError: A file is damaged, or it is pickled and PyTorch is not installed.
     """
     chosen = choose_weights([path.name for path in folder.iterdir()], stem, variant)
     if chosen is None:
@@ -179,16 +180,17 @@ def read_tensors(
             continue
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118, it is no dictionary
+                for name in file.keys():  # noqa: SIM118, it is not a dictionary
                     yield name, file.get_tensor(name)
         except safetensors.SafetensorError as error:
             raise UserError(f"{path}: damaged or cut off ({error}); download it again") from None
 
 
 def choose_weights(names: Iterable[str], stem: str, variant: str | None = None) -> str | None:
-    """Return which file of a network's folder has its weights, or the index of their shards.
+    """Return the name of the weights' file in a network's folder, or of the index of its shards.
 
-    `.safetensors` before PyTorch's pickled `.bin`, plain before fp16, whole before sharded.
+    `.safetensors` is preferred to PyTorch's pickled `.bin`, then float32 to fp16, then one file to
+    shards.
     """
     names = set(names)
     pickled_stem = "pytorch_model" if stem == "model" else stem
@@ -218,7 +220,7 @@ def _shards(index: Path) -> list[Path]:
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise MissingFileError(
-            f"{index} names shards that are not there: {', '.join(missing)}; download them"
+            f"{index} names shards that are missing: {', '.join(missing)}; download them"
         )
     return paths
 
@@ -239,14 +241,14 @@ def _read_pickled(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise UserError(f"{path}: not a file of plain tensors; is it a whole training's state?")
     for name, tensor in tensors.items():
-        # NumPy has no bfloat16 that PyTorch knows of, and float32 holds every one of them.
+        # PyTorch cannot convert bfloat16 to NumPy. Every bfloat16 number is a float32 number.
         yield name, (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def save_tensors(path: Path, params: Mapping[str, Array]) -> None:
-    """Write parameters as a `.safetensors` file of the published layout, whole or not at all."""
+    """Write parameters atomically, as a `.safetensors` file in the published layout."""
     tensors = dict(to_tensor(name, np.asarray(value)) for name, value in params.items())
     with atomic_write(path) as partial:
-        # The published code's loader asks for this mark.
+        # The published code's loader requires this entry.
         save_file(tensors, partial, metadata={"format": "pt"})
-        partial.chmod(0o644)  # safetensors lets nobody but the owner read it
+        partial.chmod(0o644)  # safetensors lets only the owner read it
