@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the batch command with these arguments, by default the process's own."""
     args = _parser().parse_args(argv)
     numbers = {"--batch-size": args.batch_size, "--workers": args.workers}
     if wrong := [f"{name} {value}" for name, value in numbers.items() if value < 1]:
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = plan_jobs(read_plan(args.plan))
     manifest = args.manifest or args.plan.with_suffix(".manifest.jsonl")
     if place := first_unwritable_parent(manifest.absolute().parent):
-        raise UserError(f"--manifest: nothing can be written in {place}; name another file")
+        raise UserError(f"--manifest: {place} is not writable; name another file")
     read_manifest(manifest)
 
     total, wanted = sum(len(job.samples) for job in jobs), sum(len(job.wanted) for job in jobs)

@@ -1,11 +1,11 @@
-"""Files that appear whole, and claims on files that several processes might write.
+"""Atomic writes, and claims on files that several processes might write.
 
-A claim is a lock of the operating system (flock, by way of filelock) on a hidden file beside the
-one that is claimed. It ends with the process that has it, however that ends, so that nobody waits
-for a lease to run out and no clocks are compared. It reaches as far as flock does: over one host,
-and over hosts whose shared file system hands it on (NFS 4, Lustre mounted with `flock`, CephFS),
-not over object stores. Where there is no flock, filelock warns and takes a file's existence for the
-lock; the claim of a process that died on another host then stays until that file is removed.
+A claim is an operating system's lock (flock, through filelock) on a hidden file beside the claimed
+one. It ends with its process, however that ends: there are no leases that expire, and no clocks to
+compare. It works on one host, and on hosts that share a file system with flock (NFS 4, Lustre
+mounted with `flock`, CephFS). It does not work on object stores. Without flock, filelock warns and
+uses a file's existence as the lock. The claim of a process that died on another host then stays
+until that file is removed.
 """
 
 import errno
@@ -18,18 +18,17 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-POLL = 0.2  # seconds between two looks at a claim that is waited for
+POLL = 0.2  # seconds between two attempts to get a claim
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, and puts it in the place of `path` once that has succeeded.
+    """Give a temporary path to write to, and rename it to `path` if the block succeeds.
 
-    Nobody reads half a file, and each writer has a path of its own: of several at once the last
-    one's file stays.
+    So no reader ever sees half a file. If several processes write at once, the last one wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    stem, suffix = _partial_stem(path), path.suffix.lower()  # encoders go by the suffix
+    stem, suffix = _partial_stem(path), path.suffix.lower()  # encoders look at the suffix
     partial = path.with_name(f"{stem}{secrets.token_hex(4)}{suffix}")
     try:
         yield partial
@@ -39,23 +38,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def remove_partials(path: Path) -> None:
-    """Removes what writers of `path` left when they were killed; nobody may be writing it."""
+    """Remove temporary files of killed writers of `path`. No other process may be writing it."""
     for partial in path.parent.glob(f"{_partial_stem(path)}*"):
         partial.unlink(missing_ok=True)
 
 
 def _partial_stem(path: Path) -> str:
-    # A digest, since a name that is as long as a file system takes could not be added to.
+    # A digest, because nothing can be added to a name of the file system's full length.
     return f".partial-{hashlib.sha256(path.name.encode()).hexdigest()[:16]}-"
 
 
 @contextmanager
 def claim(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Keeps other processes from claiming `path`; tells whether that was granted.
+    """Keep other processes from claiming `path` during the block. Give True if that succeeded.
 
-    Whoever is granted it must look whether the file is there by now: the one before may have
-    written it. It may not be granted if another process has it and `wait` is false, or if that one
-    is done this very moment.
+    Then look whether the file exists by now: the process that had the claim before may have written
+    it. The claim fails if another process has it and `wait` is false, or if that process releases
+    it at this very moment.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(_lock_path(path))
@@ -78,10 +77,11 @@ def claim(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def remove_lock(path: Path) -> None:
-    """Removes the lock of a file that is there, as the end of a claim does, or a kill did not.
+    """Remove the lock file of `path` if `path` exists. A killed process may have left it.
 
-    Without the file it stays: two processes could come to hold two locks of one name, one of them
-    removed. With it they do so for nothing, since whoever is granted a claim looks first.
+    If `path` does not exist the lock file stays. Otherwise two processes could hold the claim at
+    once: one on the removed lock file, one on a new one. If `path` exists that does no harm, since
+    each looks for the file first.
     """
     if path.exists():
         _lock_path(path).unlink(missing_ok=True)
@@ -92,6 +92,6 @@ def _lock_path(path: Path) -> Path:
 
 
 def first_unwritable_parent(path: Path) -> Path | None:
-    """Returns what keeps a file or folder from being created at `path`: None, if it can be."""
+    """Return the parent that keeps `path` from being created, or None if it can be created."""
     nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
     return None if nearest.is_dir() and os.access(nearest, os.W_OK) else nearest

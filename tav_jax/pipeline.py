@@ -29,7 +29,15 @@ from tav_jax.diffusion.sampling import run_steps
 from tav_jax.diffusion.schedule import NoiseSchedule
 from tav_jax.errors import UserError
 from tav_jax.models.network import Network
-from tav_jax.parallel.sharding import denoiser, gather_to_host, laid, over_frames, videos
+from tav_jax.models.vae import split_moments
+from tav_jax.parallel.sharding import (
+    constrain,
+    denoiser,
+    gather_to_host,
+    over_frames,
+    shard,
+    video_sharding,
+)
 from tav_jax.pretrained.model import Model, tokenize
 from tav_jax.progress import progress_bar
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
@@ -69,7 +77,7 @@ def _loop(name: str, make_sampler: Callable[..., Sampler]) -> Callable:
         predict = guide(denoiser(unet), context, negative_context, guidance_scale)
         state, _ = run_steps(make_sampler(schedule, num_steps, *noise), predict, state, start, stop)
         # The next part takes this part's state, so it must be sharded in the same way.
-        return laid(state, videos)
+        return constrain(state, video_sharding)
 
     loop.__name__ = name  # what logs, profiles and the cache on disk call the program
     return jax.jit(loop, static_argnames="num_steps", donate_argnames="state")
@@ -80,7 +88,9 @@ encode_video = jax.jit(over_frames(lambda vae, pixel_values: vae.bind().encode(p
 decode_video = jax.jit(over_frames(lambda vae, latents: vae.bind().decode(latents)))
 # The unused network commits the copy to the network's device, as the loop's own results are.
 # Committed and uncommitted inputs would compile the loop twice.
-_copy = jax.jit(lambda state, unet: laid(jax.tree.map(jnp.copy, state), videos), keep_unused=True)
+_copy = jax.jit(
+    lambda state, unet: constrain(jax.tree.map(jnp.copy, state), video_sharding), keep_unused=True
+)
 ddim_invert_loop = _loop("ddim_invert", ddim_inverse)
 ddim_sample_loop = _loop("ddim_sample", ddim)
 dpm_solver_sample_loop = _loop("dpm_solver_sample", dpm_solver)
@@ -116,15 +126,15 @@ def _run(
 
 
 def encode_prompts(model: Model, prompts: Sequence[str]) -> Context:
-    """Returns the text states of each prompt; one that is too long is cut, with a warning."""
+    """Return the text states of each prompt; one that is too long is cut, with a warning."""
     return _encode_text(model.text_encoder, tokenize(model, prompts))
 
 
 def encode_frames(model: Model, frames: UInt8[np.ndarray, "f H W 3"]) -> Moments:
-    """Returns the posterior of a clip, as a batch of one.
+    """Return the posterior of a clip, as a batch of one.
 
     Raises:
-        ValueError: the frames' sides are no multiples of the autoencoder's factor.
+        UserError: the frames' sides are no multiples of the autoencoder's factor.
     """
     factor = model.vae.config.downsampling
     if frames.shape[1] % factor or frames.shape[2] % factor:
@@ -136,22 +146,22 @@ def encode_frames(model: Model, frames: UInt8[np.ndarray, "f H W 3"]) -> Moments
 
 
 def decode_latents(model: Model, latents: Latents) -> PixelValues:
-    """Returns pixel values of scaled latents, nominally in [-1, 1]."""
+    """Return pixel values of scaled latents, nominally in [-1, 1]."""
     return decode_video(model.vae, latents)
 
 
 def posterior_mean_latents(model: Model, moments: Moments) -> Latents:
-    """Returns the scaled mean of a clip's posterior: what is inverted.
+    """Return the scaled mean of a clip's posterior, from which the inversion starts.
 
-    The published code inverts the last training step's sample of it, which is that plus noise.
+    The published code inverts the last training step's sample of the posterior, which has noise.
     """
-    return jnp.split(moments, 2, axis=-1)[0] * model.vae.config.scaling_factor
+    return split_moments(moments)[0] * model.vae.config.scaling_factor
 
 
 def random_latents(
     model: Model, seeds: Sequence[int], video_length: int, height: int, width: int
 ) -> Latents:
-    """Returns unit Gaussian latents, an item a seed, for sampling without a clip's motion."""
+    """Return standard normal latents, one item for each seed: sampling without a clip's motion."""
     factor = model.vae.config.downsampling
     shape = (video_length, height // factor, width // factor, model.vae.config.latent_channels)
     return jnp.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
@@ -160,7 +170,10 @@ def random_latents(
 def invert_latents(
     model: Model, latents: Latents, *, num_inv_steps: int = 50, progress: bool = False
 ) -> Latents:
-    """Returns the noise that DDIM would turn into the given clean latents, under no prompt."""
+    """Return the noise that DDIM would turn into the given clean latents.
+
+    The prompt is empty and there is no guidance, as in the published code.
+    """
     context = jnp.repeat(encode_prompts(model, [""]), len(latents), axis=0)
     return _run(
         "inverting",
@@ -187,13 +200,24 @@ def sample_latents(
     seeds: Sequence[int] | None = None,
     progress: bool = False,
 ) -> Latents:
-    """Returns the clean latents that guided sampling finds under each prompt, all in one batch.
+    """Return the clean latents that guided sampling finds under each prompt, all in one batch.
 
     Args:
-        latents: Noise, one item per prompt, or one for all.
-        guidance_scale: At 1 or below there is no guidance, and half the work.
-        sampler: DDIM, or DPM-Solver++(2M), which needs some 20 steps where DDIM needs 50.
-        eta: Noise of each DDIM step; above 0 it is drawn from `seeds`, one per prompt.
+        model: The model, tuned or not.
+        latents: Noise, one item for each prompt, or one item for all.
+        prompts: What the videos are to show.
+        negative_prompt: What they are not to show: the unconditional side of the guidance.
+        guidance_scale: Weight of the guidance (Ho & Salimans 2022). At 1 or below there is none,
+            which halves the work.
+        num_inference_steps: Number of sampling steps.
+        sampler: "ddim", or "dpm_solver" for DPM-Solver++(2M), which needs some 20 steps where DDIM
+            needs 50.
+        eta: Share of noise in each DDIM step, from 0 to 1. Above 0 it is drawn from `seeds`.
+        seeds: One for each prompt.
+        progress: Show a progress bar.
+
+    Raises:
+        UserError: `eta` is above 0 without seeds, or with a sampler that draws no noise.
     """
     check_eta(sampler, eta)
     if len(latents) == 1:
@@ -230,10 +254,13 @@ def compile_train_step(
     labels: dict,
     gradient_accumulation_steps: int = 1,
 ) -> TrainStep:
-    """Returns `train_step`, jitted, its state donated.
+    """Return `train_step`, jitted. It donates its state.
 
     Args:
-        scaling_factor: The autoencoder's, as its config has it.
+        scaling_factor: That of the autoencoder's config.
+        optimizer: As `make_optimizer` makes it.
+        labels: "train" or "freeze" for each parameter, the same that made the optimiser.
+        gradient_accumulation_steps: Draws over which each update's gradient is a mean.
     """
     return jax.jit(
         partial(
@@ -258,22 +285,28 @@ def tune_clip(
     key: PRNGKey | None = None,
     progress: bool = False,
 ) -> Model:
-    """Returns the model tuned on one captioned clip (Wu et al. 2023, section 3.2).
+    """Return the model tuned on one captioned clip (Wu et al. 2023, section 3.2).
 
-    The given model stays usable. For checkpoints, logs and resumption run `tav_jax.tune`.
+    The given model is not changed. For checkpoints, logs and resumption run `tav_jax.tune`.
 
     Args:
+        model: An image model, as `load_model` gives it.
+        frames: The clip.
         prompt: What the clip shows, such as "a man is skiing".
-        key: All randomness of the run; the default is `jax.random.key(0)`.
+        max_train_steps: Number of updates.
+        learning_rate: Constant learning rate of AdamW.
+        trainable_modules: Names of the modules to train.
+        key: Source of all randomness. The default is `jax.random.key(0)`.
+        progress: Show a progress bar.
     """
     labels = label_params(model.unet.params, trainable_modules)
     optimizer = make_optimizer(labels, learning_rate)
     step = compile_train_step(model.vae.config.scaling_factor, optimizer=optimizer, labels=labels)
     # The step donates its state, and the caller's parameters are not ours to give away.
     unet = jax.tree.map(jnp.copy, model.unet)
-    state = laid(init_state(unet, optimizer, jax.random.key(0) if key is None else key))
+    state = shard(init_state(unet, optimizer, jax.random.key(0) if key is None else key))
     moments, context = encode_frames(model, frames), encode_prompts(model, [prompt])
-    # A bar in a terminal alone: a log file is not what a library call writes to.
+    # A library call shows its bar in a terminal only, and writes to no log file.
     for _ in tqdm(range(max_train_steps), desc="tuning", disable=None if progress else True):
         state, _ = step(state, moments, context, model.schedule)
     return model.with_unet(state.unet)
@@ -289,12 +322,18 @@ def edit_clip(
     num_inference_steps: int = 50,
     progress: bool = False,
 ) -> UInt8[np.ndarray, "p f H W 3"]:
-    """Returns a video per prompt with the clip's motion (Wu et al. 2023, section 3.3).
+    """Return a video for each prompt, with the clip's motion (Wu et al. 2023, section 3.3).
 
-    Inverts the clip in as many steps as it samples, and samples all prompts in one batch.
+    The clip is inverted in as many steps as are sampled. All prompts are sampled in one batch.
 
     Args:
-        model: Tuned on the clip; untuned it runs too, and edits worse.
+        model: A model that was tuned on the clip. With an untuned one edits are worse.
+        frames: The clip.
+        prompts: What the edited videos are to show.
+        negative_prompt: What they are not to show.
+        guidance_scale: Weight of the guidance. At 1 or below there is none.
+        num_inference_steps: Number of steps of the inversion, and of sampling.
+        progress: Show progress bars.
     """
     noise = invert_latents(
         model,

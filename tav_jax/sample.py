@@ -18,10 +18,10 @@ from tav_jax.runs.sampling_settings import explain_if_wrong
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Returns the prompts of a text file, one a line.
+    """Return the prompts of a text file, one a line.
 
     Raises:
-        ValueError: the file is missing, no text, or empty.
+        UserError: the file is missing, no text, or empty.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -99,6 +99,7 @@ def _is_text(prompt: str) -> bool:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the sample command with these arguments, by default the process's own."""
     args = _parser().parse_args(argv)
     distributed.start()
     _check(args)

@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import (
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import TypeAdapter, ValidationError
 
 from tav_jax.errors import MissingFileError, UserError
 
@@ -18,7 +15,7 @@ T = TypeVar("T")
 
 
 def merge_trees(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Returns a tree with another's values put over it, section by section."""
+    """Return a tree in which the values of `changes` replace those of `tree`, key by key."""
     merged = dict(tree)
     for key, value in changes.items():
         if isinstance(old := merged.get(key), dict) and isinstance(value, dict):
@@ -28,7 +25,7 @@ def merge_trees(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns a YAML file's keys and values; raises as `load_config` does, before any checks."""
+    """Return a YAML file's keys and values; raises as `load_config` does, before any checks."""
     tree = read_yaml(Path(path), "--config")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected keys and values, as in configs/man-skiing.yaml")
@@ -36,6 +33,15 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
 
 def read_yaml(path: Path, option: str) -> Any:
+    """Return the content of a YAML file.
+
+    Args:
+        path: The file.
+        option: The command line's name for it, for messages.
+
+    Raises:
+        UserError: There is no such file, or it is not YAML.
+    """
     if not path.is_file():
         raise MissingFileError(f"{option}: no such file {path}")
     try:
@@ -45,10 +51,10 @@ def read_yaml(path: Path, option: str) -> Any:
 
 
 def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Returns the tree with each `key=value` put into it.
+    """Return the tree with each `key=value` put into it.
 
     Raises:
-        ValueError: some are not of that form; all are listed.
+        UserError: some are not of that form; all are listed.
     """
     problems = [problem for each in overrides if (problem := _set(tree, each))]
     if problems:
@@ -57,10 +63,10 @@ def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def parse(settings: type[T], tree: dict[str, Any], where: str) -> T:
-    """Returns a pydantic dataclass from nested dictionaries.
+    """Return a pydantic dataclass from nested dictionaries.
 
     Raises:
-        ValueError: keys or values are wrong; all are listed.
+        UserError: keys or values are wrong; all are listed.
     """
     try:
         return TypeAdapter(settings).validate_python(tree)
@@ -71,7 +77,7 @@ def parse(settings: type[T], tree: dict[str, Any], where: str) -> T:
 
 
 def _set(tree: dict[str, Any], override: str) -> str | None:
-    """Puts one `key=value` into a tree, or says why it cannot."""
+    """Put one `key=value` into a tree, or return the reason why that is impossible."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         return f"'{override}': expected key=value, as in max_train_steps=300"
@@ -105,7 +111,7 @@ def _explain(problem: Any, known: Sequence[str]) -> str:
 
 
 def _known_keys(settings: Any, start: str = "") -> Iterator[str]:
-    """Yields every key with its full path."""
+    """Yield every key with its full path."""
     for field in fields(settings):
         yield f"{start}{field.name}"
         if is_dataclass(field.type):
@@ -113,6 +119,7 @@ def _known_keys(settings: Any, start: str = "") -> Iterator[str]:
 
 
 def flatten(tree: dict[str, Any], start: str = "") -> dict[str, Any]:
+    """Return the values of a nested dictionary by their full keys, such as `train_data.prompt`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{start}{key}"
@@ -121,6 +128,7 @@ def flatten(tree: dict[str, Any], start: str = "") -> dict[str, Any]:
 
 
 def to_plain(value: Any) -> Any:
+    """Return nested dictionaries with every tuple as a list, as YAML writes it."""
     if isinstance(value, dict):
         return {key: to_plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value

@@ -89,6 +89,7 @@ def tune_all(configs: Sequence[TuneConfig]) -> None:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the tune command with these arguments, by default the process's own."""
     parser = argparse.ArgumentParser(
         prog="python -m tav_jax.tune",
         description="Tune a text-to-image model on one captioned clip and sample edits of it. "

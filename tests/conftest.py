@@ -29,6 +29,7 @@ QUICK = {
     "unit/test_console.py",
     "unit/test_cuda_lowering.py",
     "unit/test_files.py",
+    "unit/test_gpu_hlo.py",
     "unit/test_imports.py",
     "unit/test_measure.py",
     "unit/test_memory.py",
@@ -41,6 +42,7 @@ QUICK = {
     "unit/test_shipped_files.py",
 }
 FULL = {
+    "e2e/test_aot_cuda.py",
     "e2e/test_base_model.py",
     "e2e/test_bench.py",
     "e2e/test_distributed.py",

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -25,9 +25,11 @@ import tav_jax as tav
 from tav_jax.diffusion.schedule import add_noise, ddim_timesteps, velocity
 from tav_jax.files import atomic_write
 from tav_jax.models.attention.dispatch import AttentionImplementation
+from tav_jax.models.compute import GradientCheckpointing
 from tav_jax.models.network import Network
-from tav_jax.models.unet import GradientCheckpointing, UNet3DConditionModel
-from tav_jax.parallel.sharding import denoiser, laid, make_mesh, on_mesh
+from tav_jax.models.unet import UNet3DConditionModel
+from tav_jax.models.vae import split_moments
+from tav_jax.parallel.sharding import denoiser, make_mesh, on_mesh, shard
 from tav_jax.pretrained import model as stable_diffusion
 from tav_jax.pretrained import weights
 from tav_jax.runs.config import parse_mesh
@@ -91,16 +93,26 @@ class GoldenSet:
     """One folder of reference cases.
 
     Args:
-        changes: Fields of the U-Net's config: ways of computing that must not change a result.
+        attention, gradient_checkpointing: As `tav.load_model` takes them. No result depends on
+            them, apart from rounding.
     """
 
-    def __init__(self, folder: Path, **changes: Any):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        attention: AttentionImplementation = "auto",
+        gradient_checkpointing: GradientCheckpointing = "none",
+    ):
         self.folder = folder
         self.tensors = load_file(folder / "cases.safetensors")
         self.settings = json.loads((folder / "cases.json").read_text())
-        self.base = stable_diffusion.load_model(folder / "base", **changes)
-        tuned = stable_diffusion.load_unet(folder / "tuned" / "unet").with_config(**changes)
-        self.tuned = self.base.with_unet(laid(tuned))
+        self.base = stable_diffusion.load_model(
+            folder / "base", attention=attention, gradient_checkpointing=gradient_checkpointing
+        )
+        tuned = stable_diffusion.load_unet(folder / "tuned" / "unet")
+        tuned = replace(tuned, compute=self.base.unet.compute)
+        self.tuned = self.base.with_unet(shard(tuned))
 
     def case(self, name: str) -> dict[str, Any]:
         start = f"{name}."
@@ -140,7 +152,7 @@ def text(golden: GoldenSet) -> Iterator[Row]:
 def vae(golden: GoldenSet) -> Iterator[Row]:
     case, network = golden.case("vae"), golden.base.vae
     moments = jax.jit(lambda vae, x: vae.bind().encode(x))(network, pictures_last(case["pixels"]))
-    mean, logvar = jnp.split(moments, 2, axis=-1)
+    mean, logvar = split_moments(moments)
     yield compare("vae.mean", pictures_first(mean), case["mean"], SINGLE)
     yield compare("vae.logvar", pictures_first(logvar), case["logvar"], SINGLE)
     latents = pictures_last(case["latents"]) * network.config.scaling_factor
@@ -240,7 +252,7 @@ def tune(golden: GoldenSet) -> Iterator[Row]:
         )
         return apply_gradients(state, gradients, optimizer), loss, gradients
 
-    state = laid(init_state(unet, optimizer, jax.random.key(0)))
+    state = shard(init_state(unet, optimizer, jax.random.key(0)))
     latents = channels_last(case["x0"])
     losses, norms = [], []
     for index in range(settings["steps"]):

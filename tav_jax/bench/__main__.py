@@ -1,12 +1,14 @@
-"""python -m tav_jax.bench: time and memory of the method here, or on a TPU that is not here."""
+"""python -m tav_jax.bench: time and memory of the method, here or on devices that are not here."""
 
 import argparse
 import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import product
+from typing import Any
 
 import jax
 
@@ -14,16 +16,17 @@ from tav_jax.bench.arguments import bench_flags, make_parser
 from tav_jax.bench.measure import Setting, SettingResult, measure, measure_matmul
 from tav_jax.bench.programs import Networks, load_networks, random_networks
 from tav_jax.bench.tables import plot, table, to_json
-from tav_jax.bench.topology import topology_devices
+from tav_jax.bench.topology import Target, assume_cudnn, find_target
 from tav_jax.console import command, say
 from tav_jax.errors import UserError
+from tav_jax.models.compute import PRECISION_DTYPES
 from tav_jax.parallel.sharding import make_mesh, on_mesh
 from tav_jax.runs.config import parse_mesh
 from tav_jax.training.memory import DoesNotFitError, Size
 
 
 def _measure_all(
-    args: argparse.Namespace, networks: Networks, *, compile_only: bool
+    args: argparse.Namespace, networks: Networks, target: Target | None
 ) -> Iterator[SettingResult]:
     for side, frames, scope, preset in product(
         args.size, args.frames, args.attention_scope, args.gradient_checkpointing
@@ -33,10 +36,26 @@ def _measure_all(
             say(f"{setting.size}, {scope}, gradient_checkpointing {preset} ...")
         try:
             yield measure(
-                networks, setting, args.programs, repeats=args.repeats, compile_only=compile_only
+                networks,
+                setting,
+                args.programs,
+                repeats=args.repeats,
+                target=target,
+                hlo_folder=args.dump_hlo,
             )
         except DoesNotFitError as error:
             raise error.with_advice(bench_flags) from None
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other."""
+    if args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats}: expected 1 or more")
+    if args.plot and args.aot:
+        raise UserError("--plot: --aot runs nothing, so there are no times to draw")
+    settings = args.size or [], args.frames, args.attention_scope, args.gradient_checkpointing
+    if args.dump_hlo and any(len(values) > 1 for values in settings):
+        raise UserError("--dump-hlo: each program has one file, so give one value to each flag")
 
 
 def _load(args: argparse.Namespace, name: str, dtype: str) -> Networks:
@@ -48,40 +67,42 @@ def _load(args: argparse.Namespace, name: str, dtype: str) -> Networks:
     factor = networks.vae.config.downsampling
     if odd := [side for side in args.size if side % factor]:
         raise UserError(f"--size {odd}: this model takes multiples of {factor}")
-    return networks.with_unet_config(attention=args.attention)
+    return networks.with_unet_compute(attention_implementation=args.attention)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every setting that was asked for, and print the results."""
     args = make_parser().parse_args(argv)
-    devices = topology_devices(args.aot, args.chips) if args.aot else None
+    _check(args)
+    target = find_target(args.aot, args.chips) if args.aot else None
+    devices = target.devices if target else None
     sizes = parse_mesh(args.mesh or ("frames=-1" if args.aot else "frames=1"))
     mesh = make_mesh(asdict(sizes), frames=math.gcd(*args.frames), devices=devices)
-    compile_only = bool(args.aot)
     small = not args.aot and jax.default_backend() == "cpu"
     args.size = args.size or [256 if small else 512]
     precision = args.precision or ("no" if small else "bf16")
-    dtype = "float32" if precision == "no" else "bfloat16"
-    if args.repeats < 1:
-        raise UserError(f"--repeats {args.repeats}: expected 1 or more")
-    if args.plot and compile_only:
-        raise UserError("--plot: --aot runs nothing, so there are no times to draw")
+    dtype = PRECISION_DTYPES[precision]
     name = args.network or ("small" if small else "v1-4")
     networks = _load(args, name, dtype)
 
     # Set even if it is one chip: the mesh tells programs which kind of device they are for.
-    with jax.set_mesh(mesh) if compile_only else on_mesh(mesh):
-        results = list(_measure_all(args, networks, compile_only=compile_only))
-    matmul_rate = None if compile_only else measure_matmul(dtype)
+    with ExitStack() as context:
+        context.enter_context(jax.set_mesh(mesh) if target else on_mesh(mesh))
+        if target and target.card:
+            context.enter_context(assume_cudnn())
+        results = list(_measure_all(args, networks, target))
+    matmul_rate = None if target else measure_matmul(dtype)
     kind = args.aot or jax.devices()[0].device_kind
     device = f"{kind}, {mesh.size} devices" if mesh.size > 1 else kind
-    common = {
+    common: dict[str, Any] = {
         "network": args.model or name,
         "precision": precision,
         "device": device,
         "jax": jax.__version__,
     }
+    if target and target.card:
+        common["floor_assumes"] = target.card.rates()
     if matmul_rate is not None:
         common["matmul_tflops"] = round(matmul_rate / 1e12, 4)
     _print(args, common, results, matmul_rate)

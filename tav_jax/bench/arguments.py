@@ -19,7 +19,8 @@ def make_parser() -> argparse.ArgumentParser:
         "random weights on an accelerator, and a small network of their layout on a CPU, where it "
         "takes two minutes. Where several values are given, separated by commas, each is measured.",
         epilog="examples: python -m tav_jax.bench --model DIR --frames 8 --size 256 --json; "
-        "python -m tav_jax.bench --aot v5e:2x2 --frames 8,24 --gradient-checkpointing full",
+        "python -m tav_jax.bench --aot v5e:2x2 --frames 8,24 --gradient-checkpointing full; "
+        "python -m tav_jax.bench --aot h100 --programs guided_step --dump-hlo hlo",
     )
     networks = parser.add_mutually_exclusive_group()
     networks.add_argument("--model", metavar="DIR", help="a model's folder, id or name")
@@ -54,8 +55,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each (5)")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw milliseconds against frames")
-    parser.add_argument("--aot", metavar="SLICE", help="compile for a TPU slice, as in v5e:2x2")
-    parser.add_argument("--chips", type=int, default=1, metavar="N", help="of that slice (1)")
+    parser.add_argument(
+        "--dump-hlo", type=Path, metavar="DIR", help="write each compiled program as NAME.hlo"
+    )
+    parser.add_argument(
+        "--aot",
+        metavar="TARGET",
+        help="compile for a GPU or a TPU slice that is not here: h100, h200, v5e:2x2",
+    )
+    parser.add_argument(
+        "--chips", type=int, default=1, metavar="N", help="devices of that target (1); up to 8 GPUs"
+    )
     parser.add_argument(
         "--mesh", metavar="AXES", help="as in frames=4,fsdp=2; one device, with --aot its chips"
     )

@@ -1,21 +1,24 @@
 """Compile and time the programs of one setting."""
 
-import math
 import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from tav_jax.bench.attention import chosen_attention
+from tav_jax.bench.cards import GpuWork
+from tav_jax.bench.gpu_hlo import read_kernels
 from tav_jax.bench.hlo import collective_bytes
 from tav_jax.bench.programs import PROGRAMS, Networks, Program, tune_step_program
+from tav_jax.bench.topology import Target
 from tav_jax.models.attention.dispatch import AttentionScope
-from tav_jax.models.unet import GradientCheckpointing
+from tav_jax.models.compute import GradientCheckpointing
 from tav_jax.training.memory import (
     Plan,
     Size,
@@ -53,6 +56,7 @@ class ProgramResult:
         collective_bytes: Bytes that a device receives from others in one run, by kind.
         gradient_checkpointing: The preset it is compiled with; None without a backward pass.
         seconds: Median time of one run; None if it is only compiled.
+        gpu: Work of its kernels, if it is compiled for a GPU that is not here.
     """
 
     name: str
@@ -62,6 +66,7 @@ class ProgramResult:
     collective_bytes: dict[str, int]
     gradient_checkpointing: GradientCheckpointing | None
     seconds: float | None
+    gpu: GpuWork | None = None
 
     @property
     def flops_per_second(self) -> float | None:
@@ -98,7 +103,8 @@ def measure(
     names: Sequence[str],
     *,
     repeats: int,
-    compile_only: bool = False,
+    target: Target | None = None,
+    hlo_folder: Path | None = None,
 ) -> SettingResult:
     """Compile the programs of one setting for the current mesh, and time them.
 
@@ -107,7 +113,8 @@ def measure(
         setting: Size, scope and preset.
         names: Keys of `PROGRAMS`.
         repeats: Timed runs of each program, from 1.
-        compile_only: Run nothing: the mesh has devices that are not here.
+        target: The devices of the mesh, if they are not here; then nothing is run.
+        hlo_folder: Where to write each compiled program, as `NAME.hlo`.
 
     Raises:
         DoesNotFitError: no preset of gradient checkpointing that is allowed fits.
@@ -115,30 +122,38 @@ def measure(
     networks = networks.with_unet_config(attention_scope=setting.attention_scope)
     attention = chosen_attention(networks, setting.size)
     programs = [
-        measure_program(networks, setting, name, repeats=repeats, compile_only=compile_only)
+        measure_program(
+            networks, setting, name, repeats=repeats, target=target, hlo_folder=hlo_folder
+        )
         for name in names
     ]
-    return SettingResult(
-        setting, attention, tuple(programs), None if compile_only else peak_bytes()
-    )
+    return SettingResult(setting, attention, tuple(programs), None if target else peak_bytes())
 
 
 def measure_program(
-    networks: Networks, setting: Setting, name: str, *, repeats: int, compile_only: bool
+    networks: Networks,
+    setting: Setting,
+    name: str,
+    *,
+    repeats: int,
+    target: Target | None,
+    hlo_folder: Path | None,
 ) -> ProgramResult:
-    """Compile one program, and time it unless `compile_only`; see `measure`."""
+    """Compile one program, and time it if its devices are here; see `measure`."""
     began = time.perf_counter()
     preset = None
     if name == "tune_step":
-        # The compiler of a device that is not here refuses by itself what does not fit.
-        limit = math.inf if compile_only else float(device_bytes())
-        preset, program, compiled = compile_tune_step(networks, setting, limit)
+        preset, program, compiled = compile_tune_step(networks, setting, target)
     else:
         # Nothing else has a backward pass to keep activations for.
-        plain = networks.with_unet_config(gradient_checkpointing="none")
+        plain = networks.with_unet_compute(gradient_checkpointing="none")
         program = PROGRAMS[name](plain, setting.size)
-        compiled = program.compile()
+        compiled = program.compile(target.compiler_options if target else None)
     compile_seconds = time.perf_counter() - began
+    if hlo_folder:
+        hlo_folder.mkdir(parents=True, exist_ok=True)
+        (hlo_folder / f"{name}.hlo").write_text(compiled.as_text() or "")
+    card = target.card if target else None
     return ProgramResult(
         name,
         compile_seconds=compile_seconds,
@@ -146,24 +161,29 @@ def measure_program(
         planned_bytes=planned_bytes(compiled),
         collective_bytes=collective_bytes(compiled),
         gradient_checkpointing=preset,
-        seconds=None if compile_only else time_program(program, compiled, repeats),
+        seconds=None if target else time_program(program, compiled, repeats),
+        gpu=card.work(read_kernels(compiled.as_text() or "")) if card else None,
     )
 
 
 def compile_tune_step(
-    networks: Networks, setting: Setting, limit: float
+    networks: Networks, setting: Setting, target: Target | None = None
 ) -> tuple[GradientCheckpointing, Program, jax.stages.Compiled]:
     """Return the preset of the setting, or the fastest that fits, and the step compiled with it.
 
     Args:
-        limit: Bytes that the step may need.
+        networks: What is measured; the preset replaces theirs.
+        setting: Has the size and the preset.
+        target: The devices of the mesh, if they are not here.
     """
+    limit = target.memory_limit if target else float(device_bytes())
+    options = target.compiler_options if target else None
 
     def make(preset: GradientCheckpointing, size: Size) -> Program:
-        return tune_step_program(networks.with_unet_config(gradient_checkpointing=preset), size)
+        return tune_step_program(networks.with_unet_compute(gradient_checkpointing=preset), size)
 
     def plan(preset: GradientCheckpointing, size: Size) -> Plan:
-        return compile_plan(make(preset, size).compile)
+        return compile_plan(lambda: make(preset, size).compile(options))
 
     asked: Any = setting.gradient_checkpointing
     preset, compiled = fitting_preset(plan, None if asked == "auto" else asked, setting.size, limit)

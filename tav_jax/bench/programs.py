@@ -10,10 +10,11 @@ import numpy as np
 
 from tav_jax.bench.flops import count_flops
 from tav_jax.diffusion.schedule import NoiseSchedule
+from tav_jax.models.compute import ComputeOptions
 from tav_jax.models.network import Network, in_modules, init_network, parameter_shapes
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import AutoencoderKL
-from tav_jax.parallel.sharding import laid, storage, videos
+from tav_jax.parallel.sharding import param_sharding, shard, video_sharding
 from tav_jax.pipeline import (
     compile_train_step,
     ddim_invert_loop,
@@ -54,6 +55,10 @@ class Networks:
         """Return the same parameters, with some fields of the U-Net's config changed."""
         return replace(self, unet=self.unet.with_config(**changes))
 
+    def with_unet_compute(self, **changes: Any) -> "Networks":
+        """Return the same networks, with some of the U-Net's `ComputeOptions` changed."""
+        return replace(self, unet=self.unet.with_compute(**changes))
+
 
 def load_networks(folder: str, dtype: str) -> Networks:
     """Return the networks of a model, given its folder, id or name."""
@@ -71,7 +76,6 @@ def random_networks(name: str, dtype: str, *, only_shapes: bool = False) -> Netw
     """
 
     def make(module_class: type, config: Any, float32_modules: tuple[str, ...]) -> Network:
-        config = replace(config, dtype=dtype)
         if only_shapes:
             params: dict[str, Any] = parameter_shapes(module_class, config)
         else:
@@ -83,7 +87,7 @@ def random_networks(name: str, dtype: str, *, only_shapes: bool = False) -> Netw
                 if only_shapes
                 else np.asarray(value.astype(kept))
             )
-        return Network(module_class, config, params)
+        return Network(module_class, config, params, ComputeOptions(dtype=dtype))
 
     configs = {part: CONFIGS[part] | NETWORKS[name].get(part, {}) for part in ("unet", "vae")}
     unet_config = published_config.read_unet_config(configs["unet"])
@@ -126,7 +130,7 @@ def clip_shapes(networks: Networks, size: Size) -> ClipShapes:
 MakeInput = Callable[..., Any]
 
 
-def abstract_input(tree: Any, rule: Any = storage, init: Callable | None = None) -> Any:
+def abstract_input(tree: Any, rule: Any = param_sharding, init: Callable | None = None) -> Any:
     """Return the shapes of an argument, sharded over the current mesh if there is one.
 
     Args:
@@ -145,7 +149,7 @@ def abstract_input(tree: Any, rule: Any = storage, init: Callable | None = None)
     )
 
 
-def real_input(tree: Any, rule: Any = storage, init: Callable | None = None) -> Any:
+def real_input(tree: Any, rule: Any = param_sharding, init: Callable | None = None) -> Any:
     """Return an argument as `abstract_input` describes it: shapes become normal random numbers.
 
     Arrays are copied, since a program may donate them.
@@ -156,8 +160,8 @@ def real_input(tree: Any, rule: Any = storage, init: Callable | None = None) -> 
             return jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype)
         return jnp.array(leaf)
 
-    arrays = laid(jax.tree.map(materialise_leaf, tree), rule)
-    return arrays if init is None else laid(init(arrays), rule)
+    arrays = shard(jax.tree.map(materialise_leaf, tree), rule)
+    return arrays if init is None else shard(init(arrays), rule)
 
 
 @dataclass(frozen=True)
@@ -186,9 +190,10 @@ class Program:
         """Return real arguments on the current mesh, which a run may use up."""
         return self.make_inputs(real_input)
 
-    def compile(self) -> jax.stages.Compiled:
+    def compile(self, compiler_options: dict[str, Any] | None = None) -> jax.stages.Compiled:
         """Compile for the current mesh; its devices need not be here."""
-        return self.function.lower(*self.abstract_inputs(), **self.settings).compile()
+        lowered = self.function.lower(*self.abstract_inputs(), **self.settings)
+        return lowered.compile(compiler_options or None)
 
 
 def tune_step_program(networks: Networks, size: Size) -> Program:
@@ -208,7 +213,7 @@ def tune_step_program(networks: Networks, size: Size) -> Program:
         compile_train_step(networks.vae.config.scaling_factor, optimizer=optimizer, labels=labels),
         lambda make: (
             make(unet, init=init),
-            make(clip.moments, videos),
+            make(clip.moments, video_sharding),
             make(clip.context),
             make(schedule),
         ),
@@ -252,7 +257,7 @@ def sampling_program(
         return count_flops(lambda unet, *inputs: unet(*inputs), network, *inputs)
 
     def make_inputs(make: MakeInput) -> tuple[Any, ...]:
-        latents, schedule = make(clip.latents, videos), make(networks.schedule)
+        latents, schedule = make(clip.latents, video_sharding), make(networks.schedule)
         return latents, 0, 1, make(unet), schedule, make(tuple(contexts)), *guidance
 
     return Program(loop, make_inputs, flops, {"num_steps": STEPS}, feeds_back=True)
@@ -263,7 +268,7 @@ def encode_program(networks: Networks, size: Size) -> Program:
     vae, pixel_values = networks.vae, clip_shapes(networks, size).pixel_values
     return Program(
         encode_video,
-        lambda make: (make(vae), make(pixel_values, videos)),
+        lambda make: (make(vae), make(pixel_values, video_sharding)),
         lambda: count_flops(lambda vae, x: vae.bind().encode(x), vae, pixel_values),
     )
 
@@ -273,7 +278,7 @@ def decode_program(networks: Networks, size: Size) -> Program:
     vae, latents = networks.vae, clip_shapes(networks, size).latents
     return Program(
         decode_video,
-        lambda make: (make(vae), make(latents, videos)),
+        lambda make: (make(vae), make(latents, video_sharding)),
         lambda: count_flops(lambda vae, x: vae.bind().decode(x), vae, latents),
     )
 
@@ -300,4 +305,4 @@ def with_visible_products(unet: Network) -> Network:
 
     Kernels hide their products, and recomputation would count them twice.
     """
-    return unet.with_config(attention="einsum", gradient_checkpointing="none")
+    return unet.with_compute(attention_implementation="einsum", gradient_checkpointing="none")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tav_jax.bench.cards import GpuWork
 from tav_jax.bench.measure import ProgramResult, SettingResult
 
 
@@ -33,6 +34,11 @@ def _program_to_json(program: ProgramResult) -> dict[str, Any]:
     if program.seconds is not None and program.flops_per_second is not None:
         metrics["ms"] = round(1000 * program.seconds, 3)
         metrics["tflops"] = round(program.flops_per_second / 1e12, 4)
+    if program.gpu is not None:
+        moved = program.gpu.moved_bytes
+        metrics |= {"kernels": program.gpu.kernels, "moved_bytes": sum(moved.values())}
+        metrics |= {f"moved_bytes_{kind}": size for kind, size in moved.items()}
+        metrics["floor_ms"] = round(1000 * program.gpu.floor_seconds, 3)
     return row | {f"{program.name}_{metric}": value for metric, value in metrics.items()}
 
 
@@ -60,6 +66,9 @@ def table(results: Sequence[SettingResult], matmul_rate: float | None) -> str:
             if kinds := program.collective_bytes:
                 each = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in sorted(kinds.items()))
                 lines.append(f"  {program.name:15} MB from other devices: {each}")
+        lines += [
+            _gpu_line(program.name, program.gpu) for program in result.programs if program.gpu
+        ]
         if result.peak_bytes is not None:
             lines.append(f"  peak so far {result.peak_bytes / 1e9:.2f} GB")
     return "\n".join(lines)
@@ -75,6 +84,15 @@ def _program_line(program: ProgramResult, matmul_rate: float | None) -> str:
     return (
         f"  {program.name:15} {program.compile_seconds:10.1f} {milliseconds:>10} "
         f"{program.flops / 1e12:9.3f} {rate:>9} {share:>10} {program.planned_bytes / 1e9:11.2f}"
+    )
+
+
+def _gpu_line(name: str, work: GpuWork) -> str:
+    moved = work.moved_bytes
+    kinds = ", ".join(f"{kind.replace('_', ' ')} {size / 1e9:.2f}" for kind, size in moved.items())
+    return (
+        f"  {name:15} {work.kernels} kernels move {sum(moved.values()) / 1e9:.2f} GB "
+        f"({kinds}), floor {1000 * work.floor_seconds:.2f} ms"
     )
 
 

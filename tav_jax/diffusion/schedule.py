@@ -54,7 +54,7 @@ def make_schedule(
     prediction_type: PredictionType,
     set_alpha_to_one: bool,
 ) -> NoiseSchedule:
-    """Returns the schedule abar_t = prod_{s <= t} (1 - beta_s) (Ho et al. 2020, eq. 4).
+    """Return the schedule abar_t = prod_{s <= t} (1 - beta_s) (Ho et al. 2020, eq. 4).
 
     "scaled_linear" betas are the squares of numbers evenly spaced between the roots.
     """
@@ -72,7 +72,7 @@ def make_schedule(
 def add_noise(
     schedule: NoiseSchedule, latents: Latents, noise: Latents, timesteps: Timesteps
 ) -> Latents:
-    """Returns z_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) epsilon (Ho et al. 2020, eq. 4)."""
+    """Return z_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) epsilon (Ho et al. 2020, eq. 4)."""
     signal, sigma = _signal_and_sigma(schedule, timesteps)
     return signal * latents + sigma * noise
 
@@ -80,7 +80,7 @@ def add_noise(
 def velocity(
     schedule: NoiseSchedule, latents: Latents, noise: Latents, timesteps: Timesteps
 ) -> Latents:
-    """Returns v_t = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x0 (Salimans & Ho 2022, app. D)."""
+    """Return v_t = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x0 (Salimans & Ho 2022, app. D)."""
     signal, sigma = _signal_and_sigma(schedule, timesteps)
     return signal * noise - sigma * latents
 
@@ -88,17 +88,17 @@ def velocity(
 def training_target(
     schedule: NoiseSchedule, latents: Latents, noise: Latents, timesteps: Timesteps
 ) -> Latents:
-    """Returns what the network is to predict: the noise or the velocity."""
+    """Return what the network is to predict: the noise or the velocity."""
     if schedule.prediction_type == "v_prediction":
         return velocity(schedule, latents, noise, timesteps)
     return noise
 
 
 def ddim_timesteps(schedule: NoiseSchedule, num_steps: int) -> Int32[np.ndarray, "n"]:
-    """Returns `num_steps` timesteps from the noisiest down, "leading" spacing.
+    """Return `num_steps` timesteps from the noisiest down, "leading" spacing.
 
     Raises:
-        ValueError: there are more steps than timesteps, or none.
+        UserError: there are more steps than timesteps, or none.
     """
     _last_timestep(schedule, num_steps, "DDIM")
     steps = np.arange(num_steps, dtype=np.int32) * ddim_step_size(schedule, num_steps)
@@ -106,7 +106,7 @@ def ddim_timesteps(schedule: NoiseSchedule, num_steps: int) -> Int32[np.ndarray,
 
 
 def ddim_step_size(schedule: NoiseSchedule, num_steps: int) -> int:
-    """Returns how many timesteps one of `num_steps` DDIM steps spans."""
+    """Return how many timesteps one of `num_steps` DDIM steps spans."""
     return len(schedule.alphas_cumprod) // num_steps
 
 
@@ -119,14 +119,19 @@ def ddim_step(
     eta: float | Scalar = 0.0,
     noise: Latents | None = None,
 ) -> Latents:
-    """Returns the latents one DDIM step nearer to the data, at `timestep - step_size`.
+    """Return the latents one DDIM step nearer to the data, at `timestep - step_size`.
 
     Song et al. 2021 (arXiv:2010.02502), eq. 12, without clipping x0. The last step arrives at
     `final_alpha_cumprod`.
 
     Args:
+        schedule: The noise schedule.
         model_output: Prediction at `timestep`, after guidance.
-        noise: Unit Gaussian; with it, sigma follows eq. 16 and `eta`.
+        latents: Latents at `timestep`.
+        timestep: Where the step starts.
+        step_size: Distance to the next timestep, in training timesteps.
+        eta: Share of the noise of eq. 16, from 0 (DDIM) to 1 (DDPM). Used only with `noise`.
+        noise: Standard normal noise. Without it the step is deterministic.
     """
     alpha = schedule.alphas_cumprod[timestep]
     alpha_to = _alpha_or_final(schedule, timestep - step_size)
@@ -145,14 +150,18 @@ def ddim_inverse_step(
     timestep: Int[Array, ""],
     step_size: int,
 ) -> Latents:
-    """Returns the latents one DDIM step nearer to the noise, at `timestep`.
+    """Return the latents one DDIM step nearer to the noise, at `timestep`.
 
     `ddim_step` with eta = 0 run backwards: from `timestep - step_size` up to `timestep`, under
     the assumption that the prediction is the same at both ends (Song et al. 2021, eq. 13).
 
     Args:
-        model_output: Prediction for these latents as if they were at `timestep` already, which
-            is how the published code calls the network.
+        schedule: The noise schedule.
+        model_output: Prediction for these latents as if they were at `timestep` already. The
+            published code calls the network in the same way.
+        latents: Latents at `timestep - step_size`.
+        timestep: Where the step ends.
+        step_size: Distance between the two timesteps, in training timesteps.
     """
     alpha = _alpha_or_final(schedule, timestep - step_size)
     alpha_to = schedule.alphas_cumprod[timestep]
@@ -161,10 +170,10 @@ def ddim_inverse_step(
 
 
 def dpm_solver_timesteps(schedule: NoiseSchedule, num_steps: int) -> Int32[np.ndarray, "n"]:
-    """Returns `num_steps` timesteps from the noisiest down, evenly spread over all of them.
+    """Return `num_steps` timesteps from the noisiest down, evenly spread over all of them.
 
     Raises:
-        ValueError: there are more steps than timesteps, or none.
+        UserError: there are more steps than timesteps, or none.
     """
     last = _last_timestep(schedule, num_steps, "DPM-Solver")
     return np.linspace(last, 0, num_steps + 1)[:-1].round().astype(np.int32)
@@ -173,11 +182,11 @@ def dpm_solver_timesteps(schedule: NoiseSchedule, num_steps: int) -> Int32[np.nd
 def dpm_solver_coefficients(
     schedule: NoiseSchedule, timesteps: Int32[np.ndarray, "n"]
 ) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
-    """Returns a, b, c of each step x' = a x + b x0 + c (x0 - former x0), the last to the data.
+    """Return a, b, c of each step x' = a x + b x0 + c (x0 - previous x0), down to the data.
 
     DPM-Solver++(2M), Lu et al. 2022 (arXiv:2211.01095), algorithm 2: with lambda the logarithm of
     signal over noise, h = lambda' - lambda and h' the step before's, a = sigma' / sigma,
-    b = -alpha' (exp(-h) - 1), c = b h / (2 h'). The first step has no former one, and the last,
+    b = -alpha' (exp(-h) - 1), c = b h / (2 h'). The first step has no previous one, and the last,
     where h is infinite, arrives at x0: both are of first order.
     """
     alphas = schedule.alphas_cumprod[timesteps]
@@ -193,12 +202,12 @@ def dpm_solver_coefficients(
 def clean_prediction(
     schedule: NoiseSchedule, model_output: Latents, latents: Latents, timestep: Int[Array, ""]
 ) -> Latents:
-    """Returns the clean latents that a prediction at a timestep implies."""
+    """Return the clean latents that a prediction at a timestep implies."""
     return _split_prediction(schedule, model_output, latents, schedule.alphas_cumprod[timestep])[0]
 
 
 def _last_timestep(schedule: NoiseSchedule, num_steps: int, sampler: str) -> int:
-    """Returns the noisiest timestep; raises if so many steps do not fit."""
+    """Return the noisiest timestep; raises if so many steps do not fit."""
     last = len(schedule.alphas_cumprod) - 1
     if not 1 <= num_steps <= last:
         raise UserError(f"number of {sampler} steps: expected 1 to {last}, got {num_steps}")
@@ -216,7 +225,7 @@ def _alpha_or_final(schedule: NoiseSchedule, timestep: Int[Array, ""]) -> Scalar
 def _split_prediction(
     schedule: NoiseSchedule, model_output: Latents, latents: Latents, alpha: Scalar
 ) -> tuple[Latents, Latents]:
-    """Returns the clean latents and the noise that a prediction implies."""
+    """Return the clean latents and the noise that a prediction implies."""
     signal, sigma = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
     if schedule.prediction_type == "v_prediction":
         return signal * latents - sigma * model_output, signal * model_output + sigma * latents

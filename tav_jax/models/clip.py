@@ -11,12 +11,15 @@ from jax import Array
 from jaxtyping import Float
 
 from tav_jax.models.attention.einsum import attention
+from tav_jax.models.compute import ComputeOptions
 from tav_jax.models.layers import Embed, LayerNorm, Linear
 from tav_jax.types import Context, TokenIds
 
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
+    """The shape of a text encoder. Fields have the names of the published config."""
+
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -25,15 +28,15 @@ class CLIPTextConfig:
     max_position_embeddings: int
     layer_norm_eps: float
     hidden_act: Literal["quick_gelu", "gelu"]
-    dtype: str = "float32"
 
 
 def quick_gelu(x: Float[Array, "*axes c"]) -> Float[Array, "*axes c"]:
-    """Returns x * sigmoid(1.702 x), the gelu that OpenAI's CLIP was trained with."""
+    """Return x * sigmoid(1.702 x), the approximate GELU that OpenAI's CLIP was trained with."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 def gelu(x: Float[Array, "*axes c"]) -> Float[Array, "*axes c"]:
+    """Return the exact GELU of x."""
     return jax.nn.gelu(x, approximate=False)
 
 
@@ -41,7 +44,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 class SelfAttention(nnx.Module):
-    """Causal self-attention: a token looks at itself and at those before it."""
+    """Causal self-attention: a token attends to itself and to the tokens before it."""
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -52,26 +55,32 @@ class SelfAttention(nnx.Module):
         self.num_attention_heads = config.num_attention_heads
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """Return the attention's output for each token."""
         query, key, value = (
             rearrange(project(x), "b s (heads k) -> b s heads k", heads=self.num_attention_heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), dtype=bool))
-        mixed = attention(query, key, value, causal)
-        return self.out_proj(rearrange(mixed, "b s heads k -> b s (heads k)"))
+        out = attention(query, key, value, causal)
+        return self.out_proj(rearrange(out, "b s heads k -> b s (heads k)"))
 
 
 class MLP(nnx.Module):
+    """Two dense layers with the activation that the config names."""
+
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """Return the output for each token."""
         return self.fc2(self.activation(self.fc1(x)))
 
 
 class EncoderLayer(nnx.Module):
+    """Self-attention and MLP, each after a norm and around a residual."""
+
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = SelfAttention(config, rngs=rngs)
@@ -79,22 +88,28 @@ class EncoderLayer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """Return the next layer's input."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
 class Embeddings(nnx.Module):
+    """The sum of token and position embeddings."""
+
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
         self.token_embedding = Embed(config.vocab_size, width, rngs=rngs)
         self.position_embedding = Embed(config.max_position_embeddings, width, rngs=rngs)
 
     def __call__(self, input_ids: TokenIds) -> Float[Array, "b s d"]:
-        tokens = self.token_embedding.embedding[...][input_ids]
-        return tokens + self.position_embedding.embedding[...][None, : input_ids.shape[1]]
+        """Return the embedding of each token at its position."""
+        positions = jnp.arange(input_ids.shape[1])
+        return self.token_embedding(input_ids) + self.position_embedding(positions)[None]
 
 
 class Encoder(nnx.Module):
+    """The layers, under the checkpoint's name. `CLIPTextModel` calls them."""
+
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.layers = nnx.List(
             EncoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)
@@ -102,6 +117,8 @@ class Encoder(nnx.Module):
 
 
 class TextTransformer(nnx.Module):
+    """The encoder's parts, under the checkpoint's names. `CLIPTextModel` calls them."""
+
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.embeddings = Embeddings(config, rngs=rngs)
         self.encoder = Encoder(config, rngs=rngs)
@@ -109,14 +126,22 @@ class TextTransformer(nnx.Module):
 
 
 class CLIPTextModel(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+    """The text encoder.
+
+    Args:
+        config: Its shape.
+        compute: Its type of computation. The other options do not apply.
+        rngs: Source of randomness.
+    """
+
+    def __init__(self, config: CLIPTextConfig, compute: ComputeOptions, *, rngs: nnx.Rngs):
         self.text_model = TextTransformer(config, rngs=rngs)
-        self.dtype = config.dtype
+        self.dtype = compute.dtype
 
     def __call__(self, input_ids: TokenIds) -> Context:
-        """Returns the last layer's states after the final norm, float32.
+        """Return the last layer's states after the final norm, float32.
 
-        Padding is not masked: Stable Diffusion's text states include the padding's.
+        Padding tokens are not masked: Stable Diffusion uses their states too.
         """
         x = self.text_model.embeddings(input_ids).astype(self.dtype)
         for layer in self.text_model.encoder.layers:

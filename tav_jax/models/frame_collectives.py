@@ -1,9 +1,9 @@
-"""What frames on several devices tell each other.
+"""Communication between devices that hold different frames of one video.
 
-Where a network runs under `jax.shard_map` with one of `FRAME_AXES` manual, each device holds a
-run of a video's frames, in order, and the functions here exchange what leaves it. Elsewhere all
-frames are in one place, and the same functions exchange nothing.
-`tav_jax.parallel.sharding` decides which.
+If a network runs under `jax.shard_map` with one of `FRAME_AXES` manual, each device holds
+consecutive frames of a video, and these functions exchange data between the devices. Otherwise
+every device holds all frames, and the same functions communicate nothing.
+`tav_jax.parallel.sharding` decides which of the two it is.
 """
 
 import jax
@@ -12,44 +12,44 @@ from jax import Array
 from jaxtyping import Float
 
 FRAME_AXES = ("frames", "fsdp")
-"""Axes of a mesh over which frames are spread, the first outermost."""
+"""Mesh axes over which frames are sharded, outermost first."""
 
 
 def _axes() -> tuple[str, ...]:
-    """Returns the axes over which the frames are spread just now."""
+    """Return the mesh axes over which frames are sharded in the program being traced."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(axis for axis in FRAME_AXES if axis in manual)
 
 
 def first_frame(x: Float[Array, "b f *axes"]) -> Float[Array, "b 1 *axes"]:
-    """Returns frame 0 of the whole video."""
+    """Return frame 0 of the whole video, on every device."""
     axes = _axes()
     if not axes:
         return x[:, :1]
-    # One addend is not zero, so that the sum is exact in any type.
+    # Only one addend is not zero, so the sum is exact in any type.
     return jax.lax.psum(jnp.where(jax.lax.axis_index(axes) == 0, x[:, :1], 0), axes)
 
 
 def previous_frame(x: Float[Array, "b f *axes"]) -> Float[Array, "b f *axes"]:
-    """Returns for each frame the one before it, and frame 0 for itself."""
-    before, axes = x[:, :1], _axes()
+    """Return the previous frame of each frame. That of frame 0 is frame 0 itself."""
+    previous, axes = x[:, :1], _axes()
     if axes:
         pairs = [(device, device + 1) for device in range(jax.lax.axis_size(axes) - 1)]
         received = jax.lax.ppermute(x[:, -1:], axes, pairs)
-        before = jnp.where(jax.lax.axis_index(axes) == 0, before, received)
-    return jnp.concatenate([before, x[:, :-1]], axis=1)
+        previous = jnp.where(jax.lax.axis_index(axes) == 0, previous, received)
+    return jnp.concatenate([previous, x[:, :-1]], axis=1)
 
 
 def all_frames(x: Float[Array, "b f *axes"]) -> Float[Array, "b f2 *axes"]:
-    """Returns every frame of the whole video."""
+    """Return every frame of the whole video, on every device."""
     axes = _axes()
     return jax.lax.all_gather(x, axes, axis=1, tiled=True) if axes else x
 
 
 def to_positions(x: Float[Array, "b f n c"]) -> Float[Array, "b f2 n2 c"]:
-    """Returns all frames at a part of the positions, where there were all positions of a part.
+    """Return all frames at some positions, given all positions of some frames.
 
-    Where devices do not divide the positions, the last ones get zeros.
+    If the number of positions is not a multiple of the number of devices, zeros are appended.
     """
     axes = _axes()
     if not axes:
@@ -60,7 +60,12 @@ def to_positions(x: Float[Array, "b f n c"]) -> Float[Array, "b f2 n2 c"]:
 
 
 def to_frames(x: Float[Array, "b f2 n2 c"], positions: int) -> Float[Array, "b f n c"]:
-    """Returns what `to_positions` was given, of so many positions."""
+    """Return all positions of some frames: the inverse of `to_positions`.
+
+    Args:
+        x: All frames at some positions.
+        positions: Number of positions before any were appended.
+    """
     axes = _axes()
     if not axes:
         return x
@@ -69,17 +74,22 @@ def to_frames(x: Float[Array, "b f2 n2 c"], positions: int) -> Float[Array, "b f
 
 
 def mean_and_variance(
-    x: Float[Array, "b *axes"], over: tuple[int, ...], *, of_all_devices: bool
+    x: Float[Array, "b *axes"], over: tuple[int, ...], *, across_devices: bool
 ) -> tuple[Float[Array, "b *axes2"], Float[Array, "b *axes2"]]:
-    """Returns both over some axes of an array, on this device or on all.
+    """Return mean and variance over some axes.
 
-    Each device takes them of its own frames, and one exchange merges them exactly (Chan et al.
-    1979): the variance of the whole is the parts' mean variance plus the variance of their means.
+    Each device computes both over its own frames, and one exchange merges them (Chan et al. 1979):
+    the variance of the whole is the mean of the parts' variances plus the variance of their means.
+
+    Args:
+        x: Data.
+        over: Axes to reduce. They are kept, with length 1.
+        across_devices: Whether to include the frames on other devices.
     """
     mean = x.mean(over, keepdims=True)
     variance = jnp.square(x - mean).mean(over, keepdims=True)
     axes = _axes()
-    if not (axes and of_all_devices):
+    if not (axes and across_devices):
         return mean, variance
     means, variances = jax.lax.all_gather(jnp.stack([mean, variance]), axes, axis=1)
     return means.mean(0), variances.mean(0) + means.var(0)

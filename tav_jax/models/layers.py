@@ -1,8 +1,8 @@
 """Dense, convolution and normalisation layers that carry the checkpoint's parameters.
 
-A layer computes in the type of its input and stores its parameters in whatever type they came.
-Statistics of the norms are float32 always. Convolutions and group norms take any number of axes
-between batch and `h w c`, so one residual block serves pictures and videos.
+A layer computes in the type of its input. Its parameters may be stored in any type. Statistics of
+the norms are always float32. Convolutions and group norms take any number of axes
+between the batch and `h w c`, so one residual block serves images and videos.
 """
 
 import math
@@ -12,25 +12,29 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from tav_jax.models.frame_collectives import mean_and_variance
 from tav_jax.types import PRNGKey
 
 
 def fan_in_uniform(key: PRNGKey, shape: tuple[int, ...]) -> Array:
-    """Returns a kernel drawn from U(+-1/sqrt(fan_in)), PyTorch's default for Linear and Conv2d.
+    """Return a kernel drawn from U(+-1/sqrt(fan_in)), PyTorch's default for Linear and Conv2d.
 
-    New temporal layers, and networks trained from scratch, start where the published code starts.
+    So new temporal layers, and networks trained from scratch, start as in the published code.
+
+    Args:
+        key: Random key.
+        shape: Shape of the kernel. Its last axis is the output's, and all others are fan-in.
     """
     size = math.prod(shape)
-    # Lengths are powers of two, since each length compiles once and networks have many shapes.
+    # JAX compiles the draw once for each length. Powers of two keep the number of lengths small.
     draws = jax.random.uniform(key, (1 << (size - 1).bit_length(),), minval=-1.0, maxval=1.0)
     return draws[:size].reshape(shape) / math.sqrt(size // shape[-1])
 
 
 def along_channels(vector: Float[Array, "c"], x: Float[Array, "*axes c"]) -> Array:
-    """Returns a vector with as many axes as x has, its own the last, in the type of x."""
+    """Return `vector` in the type of `x`, shaped so that it broadcasts along x's last axis."""
     return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
@@ -41,15 +45,23 @@ def group_norm(
     *,
     num_groups: int,
     eps: float,
+    joint_frames: bool,
 ) -> Float[Array, "b *axes c"]:
-    """Returns x with zero mean and unit variance in each group of channels, then scaled.
+    """Return x with zero mean and unit variance in each group of channels, then scaled.
 
-    Statistics run over every axis but the first, so a video `b f h w c` shares them over its
-    frames, on however many devices, and a stack of pictures `(b f) h w c` does not.
+    Statistics are taken over all axes but the first, for each group of channels.
+
+    Args:
+        x: Videos `b f h w c` or images `n h w c`.
+        scale: Factor of each channel.
+        bias: Offset of each channel.
+        num_groups: Number of groups of neighbouring channels.
+        eps: Added to the variance.
+        joint_frames: The second axis of x is frames, and they share their statistics. If a video's
+            frames are on several devices, those exchange the statistics.
     """
     grouped = x.reshape(x.shape[0], -1, num_groups, x.shape[-1] // num_groups).astype(jnp.float32)
-    is_video = x.ndim == 5
-    mean, variance = mean_and_variance(grouped, (1, 3), of_all_devices=is_video)
+    mean, variance = mean_and_variance(grouped, (1, 3), across_devices=joint_frames)
     normed = ((grouped - mean) * jax.lax.rsqrt(variance + eps)).reshape(x.shape)
     return (normed * along_channels(scale, normed) + along_channels(bias, normed)).astype(x.dtype)
 
@@ -57,7 +69,7 @@ def group_norm(
 def layer_norm(
     x: Float[Array, "*axes c"], scale: Float[Array, "c"], bias: Float[Array, "c"], *, eps: float
 ) -> Float[Array, "*axes c"]:
-    """Returns x with zero mean and unit variance over its channels, then scaled."""
+    """Return x with zero mean and unit variance over its channels, then scaled."""
     wide = x.astype(jnp.float32)
     mean = wide.mean(-1, keepdims=True)
     variance = jnp.square(wide - mean).mean(-1, keepdims=True)
@@ -75,10 +87,16 @@ def convolution(
     stride: int,
     padding: tuple[int, int],
 ) -> Float[Array, "n h2 w2 o"]:
-    """Returns the convolution of pictures, channels last.
+    """Return the convolution of images with a kernel, channels last.
 
-    The gradient by `x` is written out for the one reason that XLA, left alone, may fold the
-    kernel's transposition into the convolution, and then has no fast kernel for it on the CPU.
+    Its gradient by `x` is written by hand for speed on the CPU. XLA would otherwise fold the
+    kernel's transposition into the convolution, and has no fast code for that.
+
+    Args:
+        x: Images.
+        kernel: Kernel.
+        stride: Stride along both sides.
+        padding: Zeros before and after both sides.
     """
     return _convolve(x, kernel, (stride, stride), (padding, padding))
 
@@ -91,30 +109,39 @@ def _convolution_backward(
     stride: int, padding: tuple[int, int], inputs: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     x, kernel = inputs
-    (on_kernel,) = jax.linear_transpose(
+    (dkernel,) = jax.linear_transpose(
         lambda kernel: _convolve(x, kernel, (stride, stride), (padding, padding)), kernel
     )(gradient)
-    # The barrier keeps the transposed kernel an array of its own.
-    turned = jax.lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    # Without the barrier XLA would fold the transposition into the convolution.
+    transposed = jax.lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
 
     def pad(size: int, out: int, width: int) -> tuple[int, int]:
         before = width - 1 - padding[0]
         return before, size + width - 2 - (out - 1) * stride - before
 
-    on_x = _convolve(
+    dx = _convolve(
         gradient,
-        turned,
+        transposed,
         (1, 1),
         [pad(x.shape[i], gradient.shape[i], kernel.shape[i - 1]) for i in (1, 2)],
         lhs_dilation=(stride, stride),
     )
-    return on_x, on_kernel
+    return dx, dkernel
 
 
 convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
 class Linear(nnx.Module):
+    """A dense layer over the last axis.
+
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        use_bias: Whether to add a bias.
+        rngs: Source of randomness.
+    """
+
     def __init__(
         self, in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs
     ):
@@ -122,12 +149,22 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
 
     def __call__(self, x: Float[Array, "*axes i"]) -> Float[Array, "*axes o"]:
+        """Return x times the kernel, plus the bias."""
         y = x @ self.kernel[...].astype(x.dtype)
         return y if self.bias is None else y + along_channels(self.bias[...], y)
 
 
 class Conv(nnx.Module):
-    """A convolution over `h w`; leading axes, frames among them, are batch (a 1x3x3 kernel)."""
+    """A convolution over `h w`. All leading axes are batch: over frames it is a 1x3x3 kernel.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Side of the kernel.
+        stride: Stride along both sides.
+        padding: Zeros before and after both sides. None keeps the size at stride 1.
+        rngs: Source of randomness.
+    """
 
     def __init__(
         self,
@@ -146,48 +183,87 @@ class Conv(nnx.Module):
         self.padding = (kernel_size // 2, kernel_size // 2) if padding is None else padding
 
     def __call__(self, x: Float[Array, "*axes h w i"]) -> Float[Array, "*axes h2 w2 o"]:
-        pictures = x.reshape(-1, *x.shape[-3:])
-        y = convolution(pictures, self.kernel[...].astype(x.dtype), self.stride, self.padding)
+        """Return the convolution of x with the kernel, plus the bias."""
+        images = x.reshape(-1, *x.shape[-3:])
+        y = convolution(images, self.kernel[...].astype(x.dtype), self.stride, self.padding)
         y = y + along_channels(self.bias[...], y)
         return y.reshape(*x.shape[:-3], *y.shape[-3:])
 
 
 class GroupNorm(nnx.Module):
-    def __init__(self, num_groups: int, num_channels: int, *, eps: float):
+    """`group_norm` with its parameters. The arguments are described there."""
+
+    def __init__(self, num_groups: int, num_channels: int, *, eps: float, joint_frames: bool):
         self.scale = nnx.Param(jnp.ones(num_channels))
         self.bias = nnx.Param(jnp.zeros(num_channels))
         self.num_groups = num_groups
         self.eps = eps
+        self.joint_frames = joint_frames
 
     def __call__(self, x: Float[Array, "b *axes c"]) -> Float[Array, "b *axes c"]:
+        """Return `group_norm` of x."""
         return group_norm(
-            x, self.scale[...], self.bias[...], num_groups=self.num_groups, eps=self.eps
+            x,
+            self.scale[...],
+            self.bias[...],
+            num_groups=self.num_groups,
+            eps=self.eps,
+            joint_frames=self.joint_frames,
         )
 
 
 class LayerNorm(nnx.Module):
+    """`layer_norm` with its parameters.
+
+    Args:
+        num_channels: Width of the last axis.
+        eps: Added to the variance.
+    """
+
     def __init__(self, num_channels: int, *, eps: float = 1e-5):
         self.scale = nnx.Param(jnp.ones(num_channels))
         self.bias = nnx.Param(jnp.zeros(num_channels))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*axes c"]) -> Float[Array, "*axes c"]:
+        """Return `layer_norm` of x."""
         return layer_norm(x, self.scale[...], self.bias[...], eps=self.eps)
 
 
 class Embed(nnx.Module):
+    """A table of vectors, looked up by index.
+
+    Args:
+        num_embeddings: Number of vectors.
+        features: Width of each.
+        rngs: Source of randomness.
+    """
+
     def __init__(self, num_embeddings: int, features: int, *, rngs: nnx.Rngs):
-        # CLIP's `initializer_factor` 1.0 gives tokens and positions this deviation.
+        # CLIP's `initializer_factor` 1.0 gives tokens and positions this standard deviation.
         self.embedding = nnx.Param(
             0.02 * jax.random.normal(rngs.params(), (num_embeddings, features))
         )
 
+    def __call__(self, indices: Int[Array, "*axes"]) -> Float[Array, "*axes c"]:
+        """Return the vector of each index."""
+        return self.embedding[...][indices]
+
 
 class ResnetBlock(nnx.Module):
-    """Norm, SiLU, convolution, twice, around a shortcut; the timestep is added in between.
+    """Norm, SiLU and convolution, twice, plus a shortcut. The timestep is added in between.
 
-    Follows diffusers' ResnetBlock2D and Tune-A-Video's ResnetBlock3D, which differ only in the
-    number of axes: the VAE gives `n h w c` and no timestep, the U-Net gives `b f h w c`.
+    Follows diffusers' ResnetBlock2D and Tune-A-Video's ResnetBlock3D. The VAE calls it with images
+    `n h w c` and no timestep, the U-Net with videos `b f h w c`.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        time_embed_dim: Width of the timestep's embedding. None: there is no timestep.
+        num_groups: Groups of channels of both norms.
+        eps: Added to the variance in both norms.
+        joint_frames: Whether a video's frames share the norms' statistics, see `group_norm`.
+        rngs: Source of randomness.
     """
 
     def __init__(
@@ -198,14 +274,15 @@ class ResnetBlock(nnx.Module):
         time_embed_dim: int | None = None,
         num_groups: int,
         eps: float,
+        joint_frames: bool,
         rngs: nnx.Rngs,
     ):
-        self.norm1 = GroupNorm(num_groups, in_channels, eps=eps)
+        self.norm1 = GroupNorm(num_groups, in_channels, eps=eps, joint_frames=joint_frames)
         self.conv1 = Conv(in_channels, out_channels, rngs=rngs)
         self.time_emb_proj = (
             None if time_embed_dim is None else Linear(time_embed_dim, out_channels, rngs=rngs)
         )
-        self.norm2 = GroupNorm(num_groups, out_channels, eps=eps)
+        self.norm2 = GroupNorm(num_groups, out_channels, eps=eps, joint_frames=joint_frames)
         self.conv2 = Conv(out_channels, out_channels, rngs=rngs)
         self.conv_shortcut = (
             None if in_channels == out_channels else Conv(in_channels, out_channels, 1, rngs=rngs)
@@ -214,6 +291,7 @@ class ResnetBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "b *axes i"], time_emb: Float[Array, "b t"] | None = None
     ) -> Float[Array, "b *axes o"]:
+        """Return the sum of the shortcut and the two convolutions' output."""
         hidden = self.conv1(jax.nn.silu(self.norm1(x)))
         if self.time_emb_proj is not None and time_emb is not None:
             shift = self.time_emb_proj(jax.nn.silu(time_emb))
@@ -225,10 +303,10 @@ class ResnetBlock(nnx.Module):
 def upsample_nearest(
     x: Float[Array, "*axes h w c"], size: tuple[int, int]
 ) -> Float[Array, "*axes h2 w2 c"]:
-    """Returns x on a grid of `size`, each point a copy of the source point at floor(i h / h2).
+    """Return x on a grid of `size`: point i is a copy of the source point floor(i h / h2).
 
-    The size need not be a multiple of the old one: at grids that the down-samplings do not
-    divide, PyTorch's `interpolate(size=..., mode="nearest")` is told the skip's size.
+    As PyTorch's `interpolate(size=..., mode="nearest")`. The size need not be a multiple of the
+    old one: where down-sampling has rounded up, the U-Net gives the size of the skip connection.
     """
     h, w = x.shape[-3:-1]
     if size == (2 * h, 2 * w):
@@ -239,20 +317,35 @@ def upsample_nearest(
 
 
 class Downsample(nnx.Module):
-    """A strided convolution; `padding` is (1, 1) in the U-Net and (0, 1) in the VAE."""
+    """A convolution of stride 2.
+
+    Args:
+        channels: Channels of input and output.
+        padding: Zeros before and after both sides: (1, 1) in the U-Net, (0, 1) in the VAE.
+        rngs: Source of randomness.
+    """
 
     def __init__(self, channels: int, *, padding: tuple[int, int], rngs: nnx.Rngs):
         self.conv = Conv(channels, channels, stride=2, padding=padding, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*axes h w c"]) -> Float[Array, "*axes h2 w2 c"]:
+        """Return x at half the height and width."""
         return self.conv(x)
 
 
 class Upsample(nnx.Module):
+    """Nearest-neighbour up-sampling and a convolution.
+
+    Args:
+        channels: Channels of input and output.
+        rngs: Source of randomness.
+    """
+
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.conv = Conv(channels, channels, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "*axes h w c"], size: tuple[int, int]
     ) -> Float[Array, "*axes h2 w2 c"]:
+        """Return x at the height and width of `size`."""
         return self.conv(upsample_nearest(x, size))

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
+from tav_jax.models.compute import ComputeOptions
 from tav_jax.types import Params, PRNGKey
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -17,10 +18,17 @@ Module = TypeVar("Module", bound=nnx.Module)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Network(Generic[Module]):
-    """A module class, its config and its parameters: a pytree whose leaves are the parameters.
+    """A module class with its config, its `ComputeOptions` and its parameters.
 
-    It goes through `jit`, `grad` and `vmap` like any pytree. Calling it runs the module; other
-    methods are reached through `bind`, as in `vae.bind().decode(latents)`.
+    It is a pytree whose leaves are the parameters, so `jit`, `grad` and `vmap` accept it. Calling
+    it runs the module. Other methods are called through `bind`, as in
+    `vae.bind().decode(latents)`.
+
+    Args:
+        module_class: A class whose constructor takes config, compute options and `rngs`.
+        config: What the network is.
+        params: Parameters by name. The leaves are arrays, or what a JAX transformation puts there.
+        compute: How it computes.
 
     Example:
         noise_pred = jax.jit(lambda unet, *inputs: unet(*inputs))(unet, latents, timesteps, context)
@@ -28,42 +36,50 @@ class Network(Generic[Module]):
 
     module_class: type[Module] = field(metadata={"static": True})
     config: Any = field(metadata={"static": True})
-    params: dict[str, Any]  # arrays, or what a transformation puts in their place
+    params: dict[str, Any]
+    compute: ComputeOptions = field(default_factory=ComputeOptions, metadata={"static": True})
 
     def bind(self) -> Module:
-        """Returns the module holding these parameters, for use right away."""
+        """Return a module with these parameters. Use it within the same trace only."""
         state = nnx.from_flat_state(
             [(_path(name), value) for name, value in self.params.items()], cls=nnx.State
         )
-        return nnx.merge(_definition(self.module_class, self.config)[0], state)
+        return nnx.merge(_definition(self.module_class, self.config, self.compute)[0], state)
 
     def __call__(self, *inputs: Any) -> Any:
+        """Return the module's output."""
         return self.bind()(*inputs)
 
     def with_params(self, params: Params) -> "Network[Module]":
-        """Returns the same network with other parameters."""
+        """Return the same network with other parameters."""
         return replace(self, params=params)
 
     def with_config(self, **changes: Any) -> "Network[Module]":
-        """Returns the same parameters under a config with some fields changed."""
+        """Return the same network with some fields of its config changed."""
         return replace(self, config=replace(self.config, **changes))
+
+    def with_compute(self, **changes: Any) -> "Network[Module]":
+        """Return the same network with some of its `ComputeOptions` changed."""
+        return replace(self, compute=replace(self.compute, **changes))
 
 
 def init_network(module_class: type[Module], config: Any, key: PRNGKey) -> Network[Module]:
-    """Returns a network with freshly drawn float32 parameters."""
-    # Not jitted: compiling hundreds of draws as one program takes longer than all the drawing.
-    module: nnx.Module = module_class(config, rngs=nnx.Rngs(key))  # type: ignore[call-arg]
+    """Return a network with new random parameters in float32."""
+    # Not jitted: compiling one program of hundreds of draws takes longer than the draws.
+    module: nnx.Module = module_class(config, ComputeOptions(), rngs=nnx.Rngs(key))  # type: ignore[call-arg]
     return Network(module_class, config, _flat(nnx.state(module)))
 
 
 def parameter_shapes(module_class: type[Module], config: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns name, shape and type of every parameter, without making any."""
-    return _definition(module_class, config)[1]
+    """Return the shape and type of every parameter by name, without creating any."""
+    return _definition(module_class, config, ComputeOptions())[1]
 
 
 @lru_cache(maxsize=32)
-def _definition(module_class: type, config: Any) -> tuple[nnx.GraphDef, dict]:
-    abstract = nnx.eval_shape(lambda: module_class(config, rngs=nnx.Rngs(0)))
+def _definition(
+    module_class: type, config: Any, compute: ComputeOptions
+) -> tuple[nnx.GraphDef, dict]:
+    abstract = nnx.eval_shape(lambda: module_class(config, compute, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     return graphdef, _flat(state)
 
@@ -78,5 +94,5 @@ def _path(name: str) -> tuple[str | int, ...]:
 
 
 def in_modules(name: str, modules: Iterable[str]) -> bool:
-    """Tells whether a parameter lies in a module whose path ends in one of the given names."""
+    """Tell whether a parameter belongs to a module whose path ends in one of `modules`."""
     return any(f".{module}." in f".{name}" for module in modules)

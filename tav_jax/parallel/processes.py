@@ -1,18 +1,17 @@
-"""Several processes as one run: how they find each other, and how all end when one does.
+"""Run several processes as one job: how they find each other, and how they end together.
 
-A run of one process needs nothing of this. JAX's coordination service, which lives in process 0,
-joins the processes and hears their heartbeats, in threads of its own: when a process is gone it
-ends the others, those too that wait in a collective for ever, as NCCL's do. That takes at most
-TAV_JAX_HEARTBEAT_SECONDS, and an instant if it is process 0 that died.
+A run of one process uses none of this. JAX's coordination service runs in process 0, connects the
+processes and receives their heartbeats. When a process dies, the service ends the others, even
+those that wait in a collective. This takes at most TAV_JAX_HEARTBEAT_SECONDS. If process 0 dies,
+the others end at once.
 
     TAV_JAX_COORDINATOR        host:port of process 0, the same in all processes
-    TAV_JAX_NUM_PROCESSES      how many there are; 1 alone: no part of a job, whatever it looks like
-    TAV_JAX_PROCESS_ID         which one this is, from 0
-    TAV_JAX_HEARTBEAT_SECONDS  a process unheard for so long is gone (30)
-    TAV_JAX_START_SECONDS      how long the first to come waits for the last (300)
+    TAV_JAX_NUM_PROCESSES      number of processes; 1 means a run of its own, under any launcher
+    TAV_JAX_PROCESS_ID         index of this process, from 0
+    TAV_JAX_HEARTBEAT_SECONDS  a process that is silent for so long counts as dead (default 30)
+    TAV_JAX_START_SECONDS      how long the first process waits for the last one (default 300)
 
-srun, mpirun and the hosts of a TPU slice say the first three themselves; on Kubernetes and
-elsewhere they are to be set.
+srun, mpirun and TPU slices provide the first three. On Kubernetes and elsewhere, set them.
 """
 
 import os
@@ -38,23 +37,23 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = EXPLICIT = (
     "TAV_JAX_PROCESS_ID",
 )
 
-# Whoever is done waits so long for the others, since process 0 may have videos to write. Meanwhile
-# heartbeats tell that they live.
+# A process that is done waits so long for the others, because process 0 may still write videos.
+# Heartbeats show meanwhile whether the others are alive.
 SHUTDOWN_SECONDS = 3600
-# What is wrong with the settings comes up in all processes, but not at the same moment.
+# All processes find a wrong setting, but not at the same moment: they wait so long for each other.
 ERROR_SECONDS = 10
 
 
 class Launcher(NamedTuple):
-    """What starts the processes of a job, and the variables in which it says so."""
+    """A program that starts the processes of a job, and the variables that it sets."""
 
     method: str  # JAX's name for it
     num_processes: str
     process_id: str
-    others: tuple[str, ...]  # that JAX reads besides
+    others: tuple[str, ...]  # further variables that JAX reads
 
 
-# MPI first: under SLURM its processes inherit the variables of mpirun's helper on their node.
+# MPI comes first: mpirun under SLURM starts its processes with SLURM's variables, too.
 LAUNCHERS = (
     Launcher(
         "ompi",
@@ -78,26 +77,26 @@ class Job:
 
     num_processes: int
     process_id: int
-    method: str  # JAX's name for how it finds what is not given here
+    method: str  # JAX's name for the way to find what is not given here
     coordinator: str | None = None
-    # On a host each takes the GPU of its own number, as JAX has it under a launcher.
+    # Of a host's GPUs, each process takes the one with its local index: JAX's default.
     one_gpu_each: bool = True
     heartbeat_seconds: int = 30
     start_seconds: int = 300
 
 
 def start() -> None:
-    """Joins the processes of this run, if there are several; to be called before JAX computes.
+    """Connect the processes of this run, if there are several. Call it before JAX computes.
 
     Raises:
-        ValueError: the environment describes no whole job; lists what is missing or wrong.
+        UserError: The environment describes a job incompletely; all problems are listed.
     """
     job = read_job(os.environ)
     if job is None:
         return
-    # It would catch SIGTERM, and leave it to us to end.
+    # That service would catch SIGTERM, and the process would not end.
     jax.config.update("jax_enable_preemption_service", False)
-    # JAX chooses if it gets None, by JAX_LOCAL_DEVICE_IDS first; an empty list is all one sees.
+    # With None JAX chooses: by JAX_LOCAL_DEVICE_IDS, or one GPU each. An empty list means all.
     chosen = job.one_gpu_each or "JAX_LOCAL_DEVICE_IDS" in os.environ
     jax.distributed.initialize(
         coordinator_address=job.coordinator,
@@ -109,14 +108,14 @@ def start() -> None:
         heartbeat_timeout_seconds=job.heartbeat_seconds,
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
-    # The first collective on a CPU connects the processes by gloo, which waits 30 seconds for the
-    # last one. A slow process may load a model for longer. So all meet here and connect at once.
+    # On CPUs the first collective connects the processes by gloo, which waits 30 seconds at most.
+    # Loading a model may take longer than that. So the processes meet here and connect at once.
     wait_for_all("start", job.start_seconds)
     broadcast_from_main([True])
 
 
 class _Variables:
-    """The environment, and all that is found wrong with it."""
+    """Environment variables, and the problems that were found in them."""
 
     def __init__(self, environment: Mapping[str, str]):
         self.environment = environment
@@ -137,7 +136,11 @@ class _Variables:
 
 
 def read_job(environment: Mapping[str, str]) -> Job | None:
-    """Returns the job that this process is one of several in, or None; raises as `start` does."""
+    """Return the job of several processes that this one belongs to, or None if it is alone.
+
+    Raises:
+        UserError: The environment describes a job incompletely; all problems are listed.
+    """
     variables = _Variables(environment)
     if variables.text(NUM_PROCESSES) == "1":
         job = None
@@ -183,7 +186,7 @@ def _launched_job(variables: _Variables) -> Job | None:
 
 
 def _one_gpu_each(variables: _Variables, launcher: Launcher, count: int) -> bool:
-    """Returns whether the processes of a host all see its GPUs, and are to have one each."""
+    """Return whether the processes of a host see all its GPUs, so that each must take one."""
     if launcher.method == "slurm":
         sees_its_own = ("SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU")
         one_a_node = variables.number("SLURM_STEP_NUM_NODES") == count
@@ -192,7 +195,7 @@ def _one_gpu_each(variables: _Variables, launcher: Launcher, count: int) -> bool
 
 
 def _tpu_job() -> Job | None:
-    # JAX has set it on import if there are TPU chips. Only then is the metadata server asked.
+    # JAX sets this on import if there are TPU chips. Without them no metadata server is asked.
     if "tpu" not in (jax.config.values["jax_platforms"] or ""):
         return None
     from jax._src.clusters import GceTpuCluster, GkeTpuCluster
@@ -204,18 +207,18 @@ def _tpu_job() -> Job | None:
 
 
 def is_main_process() -> bool:
-    """Returns whether this is process 0, the one that writes. All read."""
-    # Not by jax.process_index, which would have the processes tell each other their devices first.
+    """Return whether this is process 0, which does all the writing."""
+    # Not `jax.process_index`, which would first exchange the processes' devices.
     return global_state.process_id == 0
 
 
 def wait_for_all(name: str, seconds: float) -> None:
-    """Returns once all processes have called this with that name.
+    """Wait until all processes have called this with the same name.
 
     Raises:
-        MissingProcessError: some have not, in that time.
+        MissingProcessError: Some process has not, after that many seconds.
     """
-    client = global_state.client  # which JAX shows nowhere; Orbax takes it from here, too
+    client = global_state.client  # not public in JAX; Orbax takes it from here, too
     if client is None:
         return
     try:
@@ -230,10 +233,10 @@ def wait_for_all(name: str, seconds: float) -> None:
 
 
 def broadcast_from_main(flags: Sequence[bool]) -> list[bool]:
-    """Returns in all processes what process 0 has found; all must call this.
+    """Return the flags of process 0 in all processes. All of them must call this.
 
-    Whether a file is there is not the same for two processes at two moments, and they must not go
-    on to different programs.
+    Processes may look for a file at different moments and find different answers. They must agree
+    all the same, or they would run different programs.
     """
     if jax.process_count() == 1 or not flags:
         return list(flags)
@@ -242,9 +245,10 @@ def broadcast_from_main(flags: Sequence[bool]) -> list[bool]:
 
 
 def exit_together(run: Callable[[], int]) -> int:
-    """Returns the exit status that `run` returns; of several processes, ends the one that fails.
+    """Return the exit status of `run`. In a job of several processes, end one that fails.
 
-    At an orderly exit a process waits for the others, which may wait for it in a collective.
+    A failed process must not exit in the ordinary way: it would wait for the others, while they may
+    wait for it in a collective.
     """
     try:
         status = run()
@@ -266,9 +270,9 @@ def exit_together(run: Callable[[], int]) -> int:
 
 
 def _wait_for_verdict() -> None:
-    """Gives JAX the time to find that a process is gone, upon which it ends this one.
+    """Wait for JAX to notice that another process has died, and to end this one with a message.
 
-    What they compute together may fail before that is known, with an error that says less.
+    A collective may fail before that, with an error that says less.
     """
     if job := read_job(os.environ):
         time.sleep(1.5 * job.heartbeat_seconds)

@@ -1,12 +1,18 @@
-"""How a run lies on several devices: the only room that knows a mesh.
+"""Sharding: how videos and parameters are divided over devices. No other module knows a mesh.
 
-A mesh has three axes. Prompts, seeds and batched draws go along `data`; a video's frames along
-`frames` and `fsdp` together; large parameters are stored in parts along `fsdp`, what trains along
-both, and each layer's are gathered for its use. A network runs on each device's own frames by
-`over_frames`, and what it needs of others' it asks for in
-`tav_jax.models.frame_collectives`; all around it is left to the compiler.
+A mesh has three axes:
 
-With no mesh in force, or on one device, everything here is the identity.
+| axis     | what is sharded along it                                                          |
+|----------|-----------------------------------------------------------------------------------|
+| `data`   | the batch: prompts and seeds when sampling, draws when tuning                      |
+| `frames` | a video's frames; trained parameters                                               |
+| `fsdp`   | a video's frames; all large parameters. The compiler gathers each before its use   |
+
+Frames are sharded along `frames` and `fsdp` together. `over_frames` runs a network on each device's
+own frames. What a layer needs of other devices' frames it gets through
+`tav_jax.models.frame_collectives`. The compiler handles everything outside the networks.
+
+Without a current mesh, or on one device, every function here returns what it was given.
 """
 
 import math
@@ -29,34 +35,36 @@ from tav_jax.types import Denoiser
 DATA_AXIS = "data"
 AXES = (DATA_AXIS, *FRAME_AXES)
 
-# Along which axes a leaf's last one is cut, by the end of its name; the first that matches counts.
-# Adam's moments lie as their parameters do.
-STORAGE_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    # What the method trains: its gradients are then summed in parts, each where its Adam lies.
+# The mesh axes along which a parameter's last axis is sharded, by the end of its name. The first
+# match counts. Adam's moments have the names of their parameters, and so the same sharding.
+PARAM_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    # The trained parameters: each device then sums, and updates, its own part of their gradients.
     (r"\.(to_q|attn_temp\.\w+(\.0)?)\.kernel$", FRAME_AXES),
     (r"\.(kernel|embedding)$", ("fsdp",)),
     (r"", ()),
 )
-# Numbers of a leaf from which parting it saves more than gathering it costs.
+# Elements from which sharding a parameter saves more than gathering it costs.
 MIN_SHARDED_SIZE = 2**14
 
 Tree = TypeVar("Tree")
+# Gives the sharding of each leaf of a tree on a mesh.
+Rule = Callable[[Any, Any], Any]
 
 
 def make_mesh(
     sizes: Mapping[str, int], *, frames: int, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """Returns a mesh over the first devices, as many as its axes take.
+    """Return a mesh over the first devices, as many as its axes need.
 
     Args:
-        sizes: Devices along `data`, `frames` and `fsdp`. One of them may be -1, "the rest": of
-            frames as many as divide the video.
-        frames: Of the video.
-        devices: By default all there are.
+        sizes: Devices along `data`, `frames` and `fsdp`. One of them may be -1, which means all
+            the remaining devices; for `frames`, as many of them as divide the video.
+        frames: Number of frames of the video.
+        devices: The devices to choose from. By default all that JAX has.
 
     Raises:
-        ValueError: there are not so many devices, or they do not divide the frames; says what
-            would.
+        UserError: There are too few devices, or their number does not divide the frames. The
+            message says which numbers would.
     """
     devices = jax.devices() if devices is None else devices
     wanted = f"mesh: {', '.join(f'{axis} {sizes[axis]}' for axis in AXES)}"
@@ -82,56 +90,65 @@ def make_mesh(
             f"{wanted}: that leaves out {left_out} of {len(devices)} devices, and so processes; "
             f"{frames} frames are spread over {frame_devices(shape)}, give the rest to data"
         )
-    # Auto, since with JAX's default one cannot take the first frame of a video in parts.
+    # JAX's default is Explicit, under which the first frame of a sharded video cannot be sliced.
     auto = (AxisType.Auto,) * len(AXES)
-    some = devices[: math.prod(shape.values())]
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=auto, devices=some)
+    used = devices[: math.prod(shape.values())]
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=auto, devices=used)
 
 
 def on_mesh(mesh: Mesh) -> AbstractContextManager:
-    """Puts a mesh in force, unless it is one device, on which programs stay as they are."""
+    """Return a context in which `mesh` is the current mesh, unless it has one device only.
+
+    On one device programs are compiled without any sharding.
+    """
     return jax.set_mesh(mesh) if mesh.size > 1 else nullcontext()
 
 
 def frame_devices(shape: Mapping[str, int]) -> int:
-    """Returns over how many devices a video's frames are spread, given a mesh's sizes."""
+    """Return the number of devices over which a video's frames are sharded.
+
+    Args:
+        shape: The mesh's number of devices by axis.
+    """
     return math.prod(shape[axis] for axis in FRAME_AXES)
 
 
 def over_frames(run: Callable[..., Array]) -> Callable[..., Array]:
-    """Returns `run` for videos that lie on the mesh in force: each device runs it on its frames.
+    """Return `run` for videos sharded over the current mesh: each device runs it on its frames.
 
     Args:
-        run: Takes a network, a video `b f ...` and anything that begins with a batch axis, and
-            returns a video.
+        run: Takes a network, a video `b f ...` and arrays that begin with a batch axis. Returns a
+            video.
     """
 
-    def spread(network: Network, video: Array, *others: Any) -> Array:
+    def run_sharded(network: Network, video: Array, *others: Any) -> Array:
         mesh = jax.sharding.get_abstract_mesh()
-        # A video that does not divide, such as a picture, is worked on whole, by all alike.
+        # Frames that cannot be divided evenly, such as a single image, are not sharded: every
+        # device computes all of them.
         if mesh.empty or mesh.size == 1 or video.shape[1] % frame_devices(mesh.shape):
             return run(network, video, *others)
         clip = video_spec(mesh, video.shape)
         batch = PartitionSpec(clip[0])
         return jax.shard_map(
             run,
-            # The parameters whole: from their parts the compiler gathers each for its use.
+            # Inside, parameters are whole: the compiler gathers each one before its use.
             in_specs=(PartitionSpec(), clip, *(batch for _ in others)),
             out_specs=clip,
-            # Loops that begin with zeros, and kernels, do not say along what they vary.
+            # The check would fail at loops that begin with zeros, and at kernels: neither says
+            # along which axes its values vary.
             check_vma=False,
         )(network, video, *others)
 
-    return spread
+    return run_sharded
 
 
 def denoiser(unet: Network) -> Denoiser:
-    """Returns the U-Net as a function of latents that lie on the mesh in force."""
+    """Return the U-Net as a function of latents that are sharded over the current mesh."""
     return partial(over_frames(lambda unet, *inputs: unet(*inputs)), unet)
 
 
 def video_spec(mesh: Any, shape: tuple[int, ...]) -> PartitionSpec:
-    """Returns how a video `b f ...` lies: along each axis in parts, if it divides, or whole."""
+    """Return the partition of a video `b f ...`; an axis that does not divide is not sharded."""
     batch, frames = shape[:2]
     return PartitionSpec(
         None if batch % mesh.shape[DATA_AXIS] else DATA_AXIS,
@@ -140,42 +157,53 @@ def video_spec(mesh: Any, shape: tuple[int, ...]) -> PartitionSpec:
 
 
 def param_spec(name: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """Returns how a leaf is stored, by its name; whole if it is small or does not divide."""
-    axes = next(axes for pattern, axes in STORAGE_RULES if re.search(pattern, name))
+    """Return the partition of a parameter, by its name.
+
+    A parameter that is small, or whose last axis does not divide, is not sharded.
+    """
+    axes = next(axes for pattern, axes in PARAM_RULES if re.search(pattern, name))
     parts = math.prod(mesh.shape[axis] for axis in axes)
     if not axes or math.prod(shape) < MIN_SHARDED_SIZE or shape[-1] % parts:
         return PartitionSpec()
     return PartitionSpec(*[None] * (len(shape) - 1), axes)
 
 
-def storage(tree: Tree, mesh: Any) -> Tree:
-    """Returns the sharding of each leaf, by the name under which its dictionary has it."""
+def param_sharding(tree: Tree, mesh: Any) -> Tree:
+    """Return the sharding of each parameter, by its key in the innermost dictionary around it."""
 
-    def of(path: tuple, leaf: Any) -> NamedSharding:
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         name = names[-1] if names else ""
         return NamedSharding(mesh, param_spec(name, leaf.shape, mesh))
 
-    return jax.tree_util.tree_map_with_path(of, tree)
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def videos(tree: Tree, mesh: Any) -> Tree:
-    """Returns the sharding of each leaf, all of them videos."""
+def video_sharding(tree: Tree, mesh: Any) -> Tree:
+    """Return the sharding of each leaf of a tree of videos."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, video_spec(mesh, leaf.shape)), tree)
 
 
-def laid(tree: Tree, lie: Callable[[Any, Any], Any] = storage) -> Tree:
-    """Returns the tree lying on the mesh in force as `lie` says: as `storage` or as `videos`.
+def shard(tree: Tree, rule: Rule = param_sharding) -> Tree:
+    """Place arrays on the devices of the current mesh. For use outside of jit.
 
-    Inside a program this is a constraint. Outside, where arrays are placed, values must be the
-    same in all processes.
+    Args:
+        tree: Arrays. In a run of several processes, each process must have the same values.
+        rule: `param_sharding` or `video_sharding`.
+    """
+    mesh = jax.sharding.get_mesh()
+    return tree if mesh.empty else jax.tree.map(_place, tree, rule(tree, mesh))
+
+
+def constrain(tree: Tree, rule: Rule = param_sharding) -> Tree:
+    """Tell the compiler how arrays are to be sharded over the current mesh. For use inside jit.
+
+    Args:
+        tree: Arrays.
+        rule: `param_sharding` or `video_sharding`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return tree
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
-        return jax.lax.with_sharding_constraint(tree, lie(tree, mesh))
-    return jax.tree.map(_place, tree, lie(tree, jax.sharding.get_mesh()))
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, rule(tree, mesh))
 
 
 def _place(value: Any, sharding: NamedSharding) -> Array:
@@ -184,17 +212,17 @@ def _place(value: Any, sharding: NamedSharding) -> Array:
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
     if sharding.is_fully_addressable or not getattr(value, "is_fully_addressable", True):
         return jax.device_put(value, sharding)
-    # Not `device_put`, which sends every value round to compare it.
+    # `device_put` would first send every value to all processes, to compare them.
     host = np.asarray(value)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def gather_to_host(tree: Any) -> Any:
-    """Returns a tree of arrays in every process's memory, wherever their parts lie."""
+    """Return the whole arrays in the host memory of every process."""
     if jax.process_count() > 1 and not jax.sharding.get_abstract_mesh().empty:
-        tree = _whole(tree)
+        tree = _replicate(tree)
     return jax.device_get(tree)
 
 
-# Jitted here, so that each shape compiles once and not at every call.
-_whole = jax.jit(lambda tree: jax.lax.with_sharding_constraint(tree, PartitionSpec()))
+# Jitted here, so that each shape is compiled once and not at every call.
+_replicate = jax.jit(lambda tree: jax.lax.with_sharding_constraint(tree, PartitionSpec()))

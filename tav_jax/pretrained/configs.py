@@ -73,10 +73,10 @@ UP_BLOCKS = {"CrossAttnUpBlock": True, "UpBlock": False}
 
 
 def read_unet_config(published: Published, where: str = "unet/config.json") -> UNetConfig:
-    """Returns our config of a 2D or 3D U-Net.
+    """Return our config of a 2D or 3D U-Net.
 
     Raises:
-        ValueError: attributes are missing, or ask for what we do not compute; all are listed.
+        UserError: attributes are missing, or ask for what we do not compute; all are listed.
     """
     read = _Reader(published, where)
     read.demand(UNET_DEMANDS)
@@ -116,7 +116,7 @@ def read_unet_config(published: Published, where: str = "unet/config.json") -> U
 
 
 def write_unet_config(config: UNetConfig) -> dict[str, Any]:
-    """Returns the published JSON of a U-Net.
+    """Return the published JSON of a U-Net.
 
     With temporal attention it is a 3D one, as the original Tune-A-Video saves it; without, the
     image U-Net's.
@@ -158,7 +158,7 @@ def write_unet_config(config: UNetConfig) -> dict[str, Any]:
 
 
 def write_vae_config(config: VAEConfig) -> dict[str, Any]:
-    """Returns the published JSON of an AutoencoderKL."""
+    """Return the published JSON of an AutoencoderKL."""
     levels = len(config.block_out_channels)
     return {
         "_class_name": "AutoencoderKL",
@@ -177,7 +177,7 @@ def write_vae_config(config: VAEConfig) -> dict[str, Any]:
 
 
 def write_text_config(config: CLIPTextConfig) -> dict[str, Any]:
-    """Returns the published JSON of a CLIPTextModel."""
+    """Return the published JSON of a CLIPTextModel."""
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
@@ -196,7 +196,7 @@ def write_text_config(config: CLIPTextConfig) -> dict[str, Any]:
 
 
 def read_vae_config(published: Published, where: str = "vae/config.json") -> VAEConfig:
-    """Returns our config of an AutoencoderKL; raises as `read_unet_config` does."""
+    """Return our config of an AutoencoderKL; raises as `read_unet_config` does."""
     read = _Reader(published, where)
     read.demand(VAE_DEMANDS)
     read.blocks("down_block_types", {"DownEncoderBlock": False})
@@ -218,7 +218,7 @@ def read_vae_config(published: Published, where: str = "vae/config.json") -> VAE
 def read_text_config(
     published: Published, where: str = "text_encoder/config.json"
 ) -> CLIPTextConfig:
-    """Returns our config of a CLIPTextModel; raises as `read_unet_config` does.
+    """Return our config of a CLIPTextModel; raises as `read_unet_config` does.
 
     transformers writes dozens of attributes about generation into every config, which say nothing
     here, so only what would change the states is looked at.
@@ -246,7 +246,7 @@ def read_text_config(
 def read_schedule(
     published: Published, where: str = "scheduler/scheduler_config.json"
 ) -> NoiseSchedule:
-    """Returns the schedule of any published scheduler's config; raises as `read_unet_config` does.
+    """Return the schedule of any published scheduler's config; raises as `read_unet_config` does.
 
     Only the betas and the prediction type are read: v1-4 names PNDM there, the method samples
     with DDIM whatever it says, and clipping is off whatever it says.
@@ -283,7 +283,7 @@ class _Reader:
         self.problems.append(f"  {text}")
 
     def need(self, name: str, stand_in: Any) -> Any:
-        """Returns an attribute that must be there; `stand_in` lets the reading go on without."""
+        """Return an attribute that must be there; `stand_in` lets the reading go on without."""
         self.seen.add(name)
         if self.published.get(name) is None:
             self.problem(f"{name}: missing")
@@ -298,7 +298,7 @@ class _Reader:
         return value
 
     def blocks(self, name: str, known: Mapping[str, bool]) -> tuple[bool, ...]:
-        """Returns whether each block of a list attends, by its class name without 2D or 3D."""
+        """Return whether each block of a list attends, by its class name without 2D or 3D."""
         kinds = [kind.removesuffix("2D").removesuffix("3D") for kind in self.need(name, [])]
         for kind in sorted(set(kinds) - set(known)):
             self.problem(f"{name}: {kind} is not supported, only {', '.join(known)}")
@@ -313,9 +313,9 @@ class _Reader:
                 )
 
     def finish(self, known: set[str]) -> None:
-        """Raises if anything was wrong, or if an attribute that we do not know is switched on."""
+        """Raise if anything was wrong, or if an attribute that we do not know is switched on."""
         for name in sorted(set(self.published) - self.seen - known):
             if not name.startswith("_") and self.published[name] not in (None, False):
                 self.problem(f"{name}: not known to us, so {self.published[name]!r} is refused")
         if self.problems:
-            raise UserError(f"{self.where}: cannot be honoured:\n" + "\n".join(self.problems))
+            raise UserError(f"{self.where}: not supported:\n" + "\n".join(self.problems))

@@ -18,7 +18,7 @@ SHIPPED = {"tiny-scenes": Path(__file__).parents[1] / "worlds/tiny_scenes/weight
 def find_folder(
     pretrained_model_path: str | Path, *, revision: str | None = None, variant: str | None = None
 ) -> Path:
-    """Returns the folder of a path, of a shipped model's name, or of a Hub id, downloaded once.
+    """Return the folder of a path, of a shipped model's name, or of a Hub id, downloaded once.
 
     Of each network only the weight files that would be read are fetched.
     """

@@ -1,4 +1,4 @@
-"""A Stable Diffusion folder, or Hub id, -> one Model value; a tuned U-Net back to a folder."""
+"""Load a Stable Diffusion folder or Hub id as one `Model`, and save models and tuned U-Nets."""
 
 import json
 import logging
@@ -16,8 +16,9 @@ from tav_jax.diffusion.schedule import NoiseSchedule
 from tav_jax.errors import MissingFileError, UserError
 from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
 from tav_jax.models.clip import CLIPTextModel
+from tav_jax.models.compute import ComputeOptions, GradientCheckpointing
 from tav_jax.models.network import Network, parameter_shapes
-from tav_jax.models.unet import GradientCheckpointing, UNet3DConditionModel
+from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import AutoencoderKL
 from tav_jax.pretrained import configs as published_config
 from tav_jax.pretrained import weights
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """A text-to-video model: three networks with their parameters, a tokenizer and a schedule."""
+    """A text-to-video model: a tokenizer, three networks with parameters, and a noise schedule."""
 
     tokenizer: "CLIPTokenizer"
     text_encoder: Network[CLIPTextModel]
@@ -41,7 +42,7 @@ class Model:
     schedule: NoiseSchedule
 
     def with_unet(self, unet: Network[UNet3DConditionModel]) -> "Model":
-        """Returns the same model with another U-Net."""
+        """Return the same model with another U-Net."""
         return replace(self, unet=unet)
 
 
@@ -57,22 +58,28 @@ def load_model(
     revision: str | None = None,
     variant: str | None = None,
 ) -> Model:
-    """Returns a Stable Diffusion model with its U-Net inflated to frames.
+    """Return a Stable Diffusion model with its U-Net inflated to frames.
 
     Args:
-        pretrained_model_path: A folder of the Hub's layout (SD 1.x, 2.x base, their DreamBooth
-            exports, or with a tuned 3D U-Net), a Hub id such as "CompVis/stable-diffusion-v1-4",
-            or "tiny-scenes", which comes with the package.
-        dtype: "float32" or "bfloat16": in which to compute, and in which to store parameters.
-        float32_modules: Modules of the U-Net stored in float32 all the same: those to be trained.
-        key: Draws the temporal attention's first values where the U-Net is an image U-Net; the
-            default is `jax.random.key(0)`.
+        pretrained_model_path: A folder in the Hub's layout (SD 1.x, 2.x base, their DreamBooth
+            exports, or a model with a tuned 3D U-Net), a Hub id such as
+            "CompVis/stable-diffusion-v1-4", or "tiny-scenes", which comes with the package.
+        dtype: "float32" or "bfloat16", the type of the computation and of the stored parameters.
+        float32_modules: Modules of the U-Net that are stored in float32 in any case, such as
+            those to be trained.
+        attention_scope: What a frame's self-attention may see, see `UNetConfig`.
+        attention: How the U-Net computes attention, see `ComputeOptions`.
+        gradient_checkpointing: What the U-Net keeps for the backward pass, see `ComputeOptions`.
+        key: Random key for new temporal attentions, which are added to an image U-Net. None means
+            `jax.random.key(0)`.
         revision: Branch, tag or commit on the Hub.
-        variant: Weight files of a variant ("fp16"); by default the plain ones, else fp16.
+        variant: Variant of the weight files, such as "fp16". None: the plain files or, if there
+            are none, fp16.
 
     Raises:
-        FileNotFoundError: no such folder, and no such id on the Hub or in its cache.
-        ValueError: configs that cannot be honoured, or weights that do not fit them.
+        MissingFileError: there is no such folder, and no such id on the Hub or in its cache, or
+            the folder is incomplete.
+        UserError: a config is unsupported, or the weights do not fit it.
     """
     folder = find_folder(pretrained_model_path, revision=revision, variant=variant)
     parts = (*WEIGHT_STEMS, *CONFIG_NAMES)
@@ -94,32 +101,39 @@ def load_model(
         ),
         load_schedule(folder / "scheduler"),
     )
-    unet = model.unet.with_config(
-        attention_scope=attention_scope,
-        attention=attention,
-        gradient_checkpointing=gradient_checkpointing,
+    unet = model.unet.with_config(attention_scope=attention_scope)
+    unet = unet.with_compute(
+        attention_implementation=attention, gradient_checkpointing=gradient_checkpointing
     )
-    widths = model.text_encoder.config.hidden_size, unet.config.cross_attention_dim
-    if widths[0] != widths[1]:
+    model = model.with_unet(unet)
+    _check_networks_match(folder, model)
+    return model
+
+
+def _check_networks_match(folder: Path, model: Model) -> None:
+    """Raise `UserError` if the text encoder or the VAE does not fit the U-Net."""
+    unet = model.unet.config
+    width = model.text_encoder.config.hidden_size
+    if width != unet.cross_attention_dim:
         raise UserError(
-            f"{folder}: the text encoder gives states {widths[0]} wide, the U-Net takes {widths[1]}"
+            f"{folder}: the text encoder gives states {width} wide, the U-Net takes "
+            f"{unet.cross_attention_dim}"
         )
-    channels = unet.config.in_channels, model.vae.config.latent_channels
-    if channels[0] != channels[1]:
+    channels = model.vae.config.latent_channels
+    if channels != unet.in_channels:
         raise UserError(
-            f"{folder}: the U-Net takes {channels[0]} channels, the VAE gives {channels[1]} "
+            f"{folder}: the U-Net takes {unet.in_channels} channels, the VAE gives {channels} "
             "(inpainting models are of that kind)"
         )
-    return model.with_unet(unet)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return CLIP's byte-pair tokenizer, a `transformers.CLIPTokenizer`, from its vocabulary."""
-    # Without these transformers makes up a vocabulary of two words and says nothing.
+    """Return a `transformers.CLIPTokenizer` from the folder of its vocabulary."""
+    # Without these files transformers silently uses a vocabulary of two words.
     names = {path.name for path in folder.iterdir()}
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         raise MissingFileError(f"{folder}: no vocab.json with merges.txt, nor tokenizer.json")
-    # transformers says at its import that PyTorch is missing, which only its models would need.
+    # At its import transformers warns that PyTorch is missing, but only its models need that.
     logger = logging.getLogger("transformers")
     logger.addFilter(_is_not_about_pytorch)
     try:
@@ -136,9 +150,9 @@ def _is_not_about_pytorch(record: logging.LogRecord) -> bool:
 def load_text_encoder(
     folder: Path, *, dtype: str = "float32", variant: str | None = None
 ) -> Network[CLIPTextModel]:
-    """Returns CLIP's text encoder from its folder."""
+    """Return CLIP's text encoder from its folder."""
     config = published_config.read_text_config(_read_config(folder), f"{folder}/config.json")
-    # transformers 5.6 and later may save the names without it.
+    # transformers 5.6 and later may save names without this prefix.
     prefix = "text_model."
     return _load_network(
         CLIPTextModel, config, folder, "text_encoder", dtype, variant, prefix=prefix
@@ -148,7 +162,7 @@ def load_text_encoder(
 def load_vae(
     folder: Path, *, dtype: str = "float32", variant: str | None = None
 ) -> Network[AutoencoderKL]:
-    """Returns the autoencoder from its folder."""
+    """Return the autoencoder from its folder."""
     config = published_config.read_vae_config(_read_config(folder), f"{folder}/config.json")
     return _load_network(AutoencoderKL, config, folder, "vae", dtype, variant)
 
@@ -161,10 +175,18 @@ def load_unet(
     key: PRNGKey | None = None,
     variant: str | None = None,
 ) -> Network[UNet3DConditionModel]:
-    """Returns a 3D U-Net from its folder, or an image U-Net from its folder, inflated."""
+    """Return the U-Net from its folder. An image U-Net is inflated to a 3D one.
+
+    Args:
+        folder: Folder with `config.json` and weights.
+        dtype: See `load_model`.
+        float32_modules: See `load_model`.
+        key: See `load_model`.
+        variant: See `load_model`.
+    """
     published = _read_config(folder)
     config = published_config.read_unet_config(published, f"{folder}/config.json")
-    is_picture = published.get("_class_name") != "UNet3DConditionModel"
+    is_image_unet = published.get("_class_name") != "UNet3DConditionModel"
 
     def dtype_of(name: str) -> str:
         return "float32" if weights.in_modules(name, float32_modules) else dtype
@@ -177,7 +199,7 @@ def load_unet(
         dtype,
         variant,
         dtype_of=dtype_of,
-        may_lack=weights.TEMPORAL if is_picture else (),
+        may_lack=weights.TEMPORAL if is_image_unet else (),
     )
     shapes = parameter_shapes(UNet3DConditionModel, unet.config)
     key = jax.random.key(0) if key is None else key
@@ -185,24 +207,27 @@ def load_unet(
 
 
 def load_schedule(folder: Path) -> NoiseSchedule:
-    """Returns the noise schedule from a scheduler's folder, whichever scheduler it names."""
+    """Return the noise schedule from the folder of a scheduler of any class."""
     where = f"{folder}/{CONFIG_NAMES['scheduler']}"
     return published_config.read_schedule(_read_config(folder, CONFIG_NAMES["scheduler"]), where)
 
 
 def save_unet(folder: str | Path, unet: Network[UNet3DConditionModel]) -> None:
-    """Writes a U-Net so that the published Tune-A-Video, and `load_unet`, can load it.
+    """Write a U-Net to a folder that the published Tune-A-Video and `load_unet` can load.
 
-    The folder holds `config.json` and `diffusion_pytorch_model.safetensors`, in the stored type.
+    It will contain `config.json` and `diffusion_pytorch_model.safetensors`. Tensors are written in
+    the type in which they are stored.
     """
     _save_network(Path(folder), "unet", unet, published_config.write_unet_config(unet.config))
 
 
 def save_model(folder: str | Path, model: Model, scheduler: Mapping[str, Any]) -> None:
-    """Writes a model as a folder of the Hub's layout, in the stored type.
+    """Write a model to a folder in the Hub's layout, each tensor in the type it is stored in.
 
     Args:
-        scheduler: The scheduler's published JSON.
+        folder: Folder to write. It need not exist.
+        model: The model.
+        scheduler: Contents of `scheduler_config.json`.
     """
     folder = Path(folder)
     save_unet(folder / "unet", model.unet)
@@ -219,15 +244,15 @@ def save_model(folder: str | Path, model: Model, scheduler: Mapping[str, Any]) -
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    no_more = {"feature_extractor": [None, None], "safety_checker": [None, None]}
+    absent = {"feature_extractor": [None, None], "safety_checker": [None, None]}
     index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.11.1"}
-    _write_json(folder / "model_index.json", index | classes | no_more)
+    _write_json(folder / "model_index.json", index | classes | absent)
 
 
 def tokenize(model: Model, prompts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
-    """Returns token ids, padded to the text encoder's length (77 for CLIP).
+    """Return token ids, padded to the text encoder's length (77 for CLIP).
 
-    A prompt that is longer is cut, with a warning that quotes what is lost.
+    Longer prompts are cut, with a warning that quotes the lost part.
     """
     length = model.text_encoder.config.max_position_embeddings
     for ids in model.tokenizer(list(prompts), verbose=False).input_ids:
@@ -254,7 +279,19 @@ def _load_network(
     may_lack: tuple[str, ...] = (),
     prefix: str = "",
 ) -> Network:
-    config = replace(config, dtype=dtype)
+    """Return a network with the weights of its folder.
+
+    Args:
+        module_class: Its class.
+        config: Its config.
+        folder: Folder with the weights.
+        part: Its key in `WEIGHT_STEMS`.
+        dtype: Type of the computation.
+        variant: See `load_model`.
+        dtype_of: Gives the type to store each parameter in, by name. None: `dtype` for all.
+        may_lack: Modules whose weights may be missing.
+        prefix: Start of parameter names that the files may leave out.
+    """
     tensors = weights.read_tensors(folder, WEIGHT_STEMS[part], variant)
     params = weights.merge(
         parameter_shapes(module_class, config),
@@ -266,7 +303,7 @@ def _load_network(
         where=str(folder),
         may_lack=may_lack,
     )
-    return Network(module_class, config, params)
+    return Network(module_class, config, params, ComputeOptions(dtype=dtype))
 
 
 def _save_network(folder: Path, part: str, network: Network, config: Mapping[str, Any]) -> None:

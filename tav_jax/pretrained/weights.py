@@ -1,7 +1,7 @@
-"""Tensors of a PyTorch checkpoint <-> parameters of a network, both ways.
+"""Convert the tensors of a PyTorch checkpoint to the parameters of a network, and back.
 
-Three steps, each to be tested alone: rename, re-lay out, merge. PyTorch's layout appears here and
-nowhere else in the package.
+There are three steps, each tested alone: rename, transpose, merge. PyTorch's layout appears in no
+other module of the package.
 
 | checkpoint           | here                | layout                                             |
 |----------------------|---------------------|----------------------------------------------------|
@@ -32,17 +32,17 @@ from tav_jax.types import Params, PRNGKey
 # Names that the autoencoder's attention had before diffusers 0.17, v1-4's files among them.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-# Tensors that are no parameters, with the reason.
+# Tensors that are not parameters, with the reason.
 IGNORED = {
     "text_model.embeddings.position_ids": "the numbers 0 to 76, saved by transformers before 4.31",
 }
 
 TEMPORAL = ("attn_temp", "norm_temp")
-"""Modules that the 3D U-Net has and the image U-Net has not."""
+"""Modules that only the 3D U-Net has."""
 
 
 def parameter_name(name: str, rank: int) -> str:
-    """Returns the name here of a checkpoint's tensor."""
+    """Return the name here of a checkpoint's tensor."""
     *path, leaf = name.split(".")
     path = [OLD_NAMES.get(part, part) for part in path]
     if leaf == "weight":
@@ -52,13 +52,13 @@ def parameter_name(name: str, rank: int) -> str:
 
 
 def tensor_name(name: str) -> str:
-    """Returns the name in a checkpoint of a parameter here."""
+    """Return the name in a checkpoint of a parameter here."""
     *path, leaf = name.split(".")
     return ".".join([*path, leaf if leaf == "bias" else "weight"])
 
 
 def to_parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
-    """Returns a checkpoint's tensor under its name and in its layout here (a view)."""
+    """Return a checkpoint's tensor with its name and its layout here, as a view."""
     name = parameter_name(name, tensor.ndim)
     if name.endswith(".kernel"):
         tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
@@ -66,7 +66,7 @@ def to_parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def to_tensor(name: str, parameter: np.ndarray) -> tuple[str, np.ndarray]:
-    """Returns a parameter under its name and in its layout in a checkpoint."""
+    """Return a parameter with its name and its layout in a checkpoint."""
     if name.endswith(".kernel"):
         parameter = parameter.transpose(3, 2, 0, 1) if parameter.ndim == 4 else parameter.T
     return tensor_name(name), np.ascontiguousarray(parameter)
@@ -80,16 +80,17 @@ def merge(
     where: str = "checkpoint",
     may_lack: tuple[str, ...] = (),
 ) -> Params:
-    """Returns a network's parameters from a checkpoint's tensors, each cast as it passes by.
+    """Return a network's parameters from a checkpoint's tensors.
 
     Args:
-        shapes: What the network has, as `parameter_shapes` gives it.
+        shapes: The network's parameters, as `parameter_shapes` gives them.
+        tensors: The checkpoint's tensors with their names. Each is cast before the next is read.
         dtype_of: The type in which a parameter of that name is stored.
         where: What messages call the checkpoint.
         may_lack: Modules whose parameters need not be there.
 
     Raises:
-        ValueError: tensors are missing, left over or of other shapes; all are listed.
+        UserError: tensors are missing, left over or of other shapes; all are listed.
     """
     published = {tensor_name(name): name for name in shapes}
     params: Params = {}
@@ -132,11 +133,11 @@ def inflate(
     *,
     dtype_of: Callable[[str], str] = lambda name: "float32",
 ) -> Params:
-    """Returns an image U-Net's parameters with fresh temporal ones added.
+    """Return an image U-Net's parameters together with newly initialised temporal ones.
 
-    Wu et al. 2023, section 3.2. The temporal attention's output projection starts at zero, so
-    that the network starts as the image U-Net, frame by frame. The published code zeroes only
-    its weight; the random bias shifts every token from the first step, so ours is zero too.
+    Wu et al. 2023, section 3.2. The temporal attention's output projection starts at zero, so the
+    network starts as the image U-Net applied to each frame. The published code sets only the
+    weight to zero. Its random bias shifts every token from the first step, so ours is zero too.
     """
     missing = [name for name in shapes if name not in params]
     fresh: Params = {}
@@ -156,16 +157,17 @@ def inflate(
 def read_tensors(
     folder: Path, stem: str, variant: str | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields name and tensor from a network's weight files, one at a time.
+    """Yield name and tensor from a network's weight files, one at a time.
 
     Args:
         folder: One network's folder, such as `stable-diffusion-v1-4/unet`.
         stem: `diffusion_pytorch_model` for diffusers' networks, `model` for transformers'.
-        variant: Of the files' names, such as "fp16"; by default the plain ones, else fp16.
+        variant: The variant in the files' names, such as "fp16". By default files without a
+            variant are read, or fp16 if there are none.
 
     Raises:
-        FileNotFoundError: there are no weights, or shards that the index names are not there.
-        ValueError: a file is damaged, or is pickled and PyTorch is not installed.
+        MissingFileError: There are no weights, or some shards are missing.
+        UserError: A file is damaged, or it is pickled and PyTorch is not installed.
     """
     chosen = choose_weights([path.name for path in folder.iterdir()], stem, variant)
     if chosen is None:
@@ -178,16 +180,17 @@ def read_tensors(
             continue
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118, it is no dictionary
+                for name in file.keys():  # noqa: SIM118, it is not a dictionary
                     yield name, file.get_tensor(name)
         except safetensors.SafetensorError as error:
             raise UserError(f"{path}: damaged or cut off ({error}); download it again") from None
 
 
 def choose_weights(names: Iterable[str], stem: str, variant: str | None = None) -> str | None:
-    """Returns which file of a network's folder has its weights, or the index of their shards.
+    """Return the name of the weights' file in a network's folder, or of the index of its shards.
 
-    `.safetensors` before PyTorch's pickled `.bin`, plain before fp16, whole before sharded.
+    `.safetensors` is preferred to PyTorch's pickled `.bin`, then float32 to fp16, then one file to
+    shards.
     """
     names = set(names)
     pickled_stem = "pytorch_model" if stem == "model" else stem
@@ -205,7 +208,7 @@ def choose_weights(names: Iterable[str], stem: str, variant: str | None = None) 
 
 
 def shard_names(index: Path) -> list[str]:
-    """Returns the names of the files that an index distributes the tensors over."""
+    """Return the names of the files that an index distributes the tensors over."""
     try:
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -217,7 +220,7 @@ def _shards(index: Path) -> list[Path]:
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise MissingFileError(
-            f"{index} names shards that are not there: {', '.join(missing)}; download them"
+            f"{index} names shards that are missing: {', '.join(missing)}; download them"
         )
     return paths
 
@@ -238,14 +241,14 @@ def _read_pickled(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise UserError(f"{path}: not a file of plain tensors; is it a whole training's state?")
     for name, tensor in tensors.items():
-        # NumPy has no bfloat16 that PyTorch knows of, and float32 holds every one of them.
+        # PyTorch cannot convert bfloat16 to NumPy. Every bfloat16 number is a float32 number.
         yield name, (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def save_tensors(path: Path, params: Mapping[str, Array]) -> None:
-    """Writes parameters as a `.safetensors` file of the published layout, whole or not at all."""
+    """Write parameters atomically, as a `.safetensors` file in the published layout."""
     tensors = dict(to_tensor(name, np.asarray(value)) for name, value in params.items())
     with atomic_write(path) as partial:
-        # The published code's loader asks for this mark.
+        # The published code's loader requires this entry.
         save_file(tensors, partial, metadata={"format": "pt"})
-        partial.chmod(0o644)  # safetensors lets nobody but the owner read it
+        partial.chmod(0o644)  # safetensors lets only the owner read it

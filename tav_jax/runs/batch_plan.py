@@ -33,6 +33,7 @@ class Item:
     use_inv_latent: bool = True
 
     def to_sample(self, default: Sample) -> Sample:
+        """Return the sample that this item asks for; `default` gives what the item leaves out."""
         settings = {
             name: value
             for name, value in asdict(self).items()
@@ -43,10 +44,10 @@ class Item:
 
 
 def read_plan(path: Path) -> list[Item]:
-    """Returns the videos that a plan asks for.
+    """Return the videos that a plan asks for.
 
     Raises:
-        ValueError: the file is no plan; every offending line or key is listed.
+        UserError: the file is no plan; every offending line or key is listed.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -94,10 +95,10 @@ def _yaml_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def plan_jobs(items: Sequence[Item]) -> list[Job]:
-    """Returns what is to be sampled from each run, all looked at and nothing changed.
+    """Return what is to be sampled from each run, all looked at and nothing changed.
 
     Raises:
-        ValueError: runs are missing, or videos of other settings are there; lists all.
+        UserError: runs are missing, or videos of other settings are there; lists all.
     """
     by_run: dict[Path, list[Item]] = {}
     for item in items:  # a run may be named in several ways

@@ -15,7 +15,7 @@ GRACE = 5
 
 
 def devices_here() -> tuple[str, int]:
-    """Returns JAX's platform and how many devices it has in this host."""
+    """Return JAX's platform and how many devices it has in this host."""
     # In a process of its own, since whoever asks JAX for the devices has them from then on.
     question = "import jax; print(jax.default_backend(), jax.local_device_count())"
     asked = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True)
@@ -26,10 +26,10 @@ def devices_here() -> tuple[str, int]:
 
 
 def worker_environments(workers: int, platform: str, count: int) -> list[dict[str, str]]:
-    """Returns what each worker's environment has beyond ours: a GPU of its own, if there are any.
+    """Return what each worker's environment has beyond ours: a GPU of its own, if there are any.
 
     Raises:
-        ValueError: there are fewer of these devices than workers.
+        UserError: there are fewer of these devices than workers.
     """
     if platform == "cpu":
         return [{}] * workers
@@ -45,7 +45,7 @@ def worker_environments(workers: int, platform: str, count: int) -> list[dict[st
 
 
 def run_workers(arguments: Sequence[str], environments: Sequence[dict[str, str]]) -> list[str]:
-    """Runs a worker in each environment until all have ended; says how those that failed did.
+    """Run a worker in each environment until all have ended; says how those that failed did.
 
     Ctrl-C, or the end of this process by SIGTERM, ends all of them.
     """

@@ -1,9 +1,9 @@
-"""What one of several batch workers does, and the manifest that they leave.
+"""The work of one batch worker, and the manifest.
 
-Workers share a plan through the runs' folders. A video that exists is done, and a claim
-(`tav_jax.files`) says that somebody is making one. So workers may come and go, on one host or on
-several, and what a killed worker had begun is free at once. The last worker writes the contact
-sheets and the manifest, which hold nothing of who wrote a video or when.
+Several workers, on one host or on several, share a plan through the runs' folders. A video that
+exists is done. A claim (`tav_jax.files`) says that a worker is making one, and the claims of a
+killed worker are free at once. So workers may start and stop at any time. The last one writes the
+contact sheets and the manifest. Neither depends on which worker wrote a video, or when.
 """
 
 import hashlib
@@ -18,12 +18,7 @@ from typing import Any
 
 from tav_jax.console import say
 from tav_jax.errors import UserError
-from tav_jax.files import (
-    atomic_write,
-    claim,
-    remove_lock,
-    remove_partials,
-)
+from tav_jax.files import atomic_write, claim, remove_lock, remove_partials
 from tav_jax.parallel.sharding import on_mesh
 from tav_jax.runs.metrics_log import Stages
 from tav_jax.runs.overview import has_overview, renew_overview, sheet_of
@@ -32,36 +27,50 @@ from tav_jax.runs.samples import Job, Sample, group_by_batch_key
 
 
 def work(jobs: Sequence[Job], batch_size: int) -> Iterator[Path]:
-    """Yields the path of each video that this process writes; at the end all jobs are done."""
-    # First runs that no other worker is at, so that each loads a model of its own; its first has
-    # the claim of its contact sheet.
+    """Yield the path of each video that this process writes. At the end all jobs are done."""
     for job in jobs:
-        if missing_samples(job):
-            with claim(sheet_of(job.folder), wait=False) as is_first:
-                if is_first:
-                    yield from sample_free(job, batch_size)
+        yield from sample_as_first_worker(job, batch_size)
     for job in jobs:
         yield from sample_free(job, batch_size)
-    # The rest is claimed by other workers. Wait, and take over what a dead worker leaves.
     for job in jobs:
+        # The rest is claimed by other workers. Wait, and take over from a worker that dies.
         if left := missing_samples(job):
-            say(f"{job.run.folder}: {len(left)} videos are with other workers: waiting")
+            say(f"{job.run.folder}: {len(left)} videos are claimed by other workers: waiting")
             yield from sample_free(job, batch_size, wait=True)
-        for sample in job.samples:  # of a worker that was killed just after it had written
-            remove_lock(job.video(sample))
-        remove_lock(job.run.inverted_file(job.step))
-        if not has_overview(job.folder):
-            with claim(sheet_of(job.folder)):
-                renew_overview(job.folder, job.run)
+        finish(job)
+
+
+def sample_as_first_worker(job: Job, batch_size: int) -> Iterator[Path]:
+    """Yield as `sample_free` does, unless another worker is at this job already.
+
+    So workers begin with different runs, and a run's model is loaded by as few as possible. The
+    first worker of a job holds the claim of its contact sheet.
+    """
+    if missing_samples(job):
+        with claim(sheet_of(job.folder), wait=False) as is_first:
+            if is_first:
+                yield from sample_free(job, batch_size)
+
+
+def finish(job: Job) -> None:
+    """Remove the locks of killed workers, and write the contact sheet if it is outdated."""
+    for sample in job.samples:
+        remove_lock(job.video(sample))
+    remove_lock(job.run.inverted_file(job.step))
+    if not has_overview(job.folder):
+        with claim(sheet_of(job.folder)):
+            renew_overview(job.folder, job.run)
 
 
 def sample_free(job: Job, batch_size: int, *, wait: bool = False) -> Iterator[Path]:
-    """Yields the paths of a job's videos that were missing and claimed by no other process.
+    """Sample the missing videos that no other process has claimed, and yield their paths.
 
     The model is loaded only if there are any.
 
     Args:
-        wait: Until every video is there.
+        job: The samples of one run.
+        batch_size: Most prompts and seeds that are sampled at once.
+        wait: Wait for the claimed ones too, until every video is there.
     """
     run = job.run
     load = cache(lambda: run.load_model(job.step))
@@ -83,12 +92,14 @@ def sample_free(job: Job, batch_size: int, *, wait: bool = False) -> Iterator[Pa
 def claim_batch(
     job: Job, group: list[Sample], size: int, claims: ExitStack, *, wait: bool
 ) -> list[Sample]:
-    """Returns up to `size` samples that are missing and ours until `claims` is closed.
-
-    Takes what is done out of `group`.
+    """Claim missing samples and return them.
 
     Args:
-        wait: For the first of them.
+        job: The samples of one run.
+        group: Samples of one batch key. Those that are done are removed from it.
+        size: Most samples to claim.
+        claims: Holds the claims until it is closed.
+        wait: Wait until the first claimed sample is free.
     """
     batch: list[Sample] = []
     for sample in list(group):
@@ -107,14 +118,15 @@ def claim_batch(
 
 
 def missing_samples(job: Job) -> list[Sample]:
+    """Return the wanted samples whose videos are not there."""
     return [sample for sample in job.wanted if not job.is_done(sample)]
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the lines of a manifest by their video; none if there is no such file.
+    """Return the lines of a manifest by their video; none if there is no such file.
 
     Raises:
-        ValueError: the file is something else.
+        UserError: the file is something else.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -124,41 +136,54 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     except (ValueError, KeyError, TypeError, OSError):
         raise UserError(
-            f"--manifest: {path} is there and is no manifest; name another file"
+            f"--manifest: {path} exists and is not a manifest; name another file"
         ) from None
 
 
 def write_manifest(path: Path, jobs: Sequence[Job]) -> list[Path]:
-    """Writes a line of JSON for each video, in the plan's order; returns those that are missing.
+    """Write a line of JSON for each video, in the plan's order; return the missing videos.
 
-    A line has the run, the settings, the video's path from the manifest's folder, its bytes and
-    SHA-256, null if it is missing.
+    The file is not touched if it would stay the same.
     """
-    missing, lines = [], []
     with claim(path):
         old, written = read_manifest(path), path.stat().st_mtime_ns if path.exists() else 0
-        for job in jobs:
-            for sample in job.samples:
-                video = job.video(sample)
-                name = os.path.relpath(video.resolve(), path.parent.resolve())
-                size = digest = None
-                if job.is_done(sample):
-                    size, known = video.stat().st_size, old.get(name, {})
-                    # Each worker of a fleet comes here, and gigabytes are not read again by each.
-                    if known.get("bytes") == size and video.stat().st_mtime_ns < written:
-                        digest = known["sha256"]
-                    else:
-                        with video.open("rb") as file:
-                            digest = hashlib.file_digest(file, "sha256").hexdigest()
-                else:
-                    missing.append(video)
-                row = {"run": str(job.run.folder), **asdict(sample)}
-                del row["name_seed"]
-                row |= {"video": name, "bytes": size, "sha256": digest}
-                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        rows = [
+            manifest_row(path, job, sample, old, written) for job in jobs for sample in job.samples
+        ]
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         content = "".join(lines).encode()
         if not path.exists() or path.read_bytes() != content:
             with atomic_write(path) as partial:
                 partial.write_bytes(content)
             say(f"wrote {path}")
-    return missing
+    return [job.video(sample) for job in jobs for sample in job.samples if not job.is_done(sample)]
+
+
+def manifest_row(
+    path: Path, job: Job, sample: Sample, old: dict[str, dict[str, Any]], written: int
+) -> dict[str, Any]:
+    """Return a video's run, settings, path from the manifest's folder, bytes and SHA-256.
+
+    The last two are null if the video is missing.
+
+    Args:
+        path: The manifest.
+        job: The job that the sample is from.
+        sample: The settings of the video.
+        old: The rows of the manifest so far. The digest of a video that has not changed since is
+            taken from there, because every worker comes here and videos may be gigabytes.
+        written: When that manifest was written, in nanoseconds.
+    """
+    video = job.video(sample)
+    name = os.path.relpath(video.resolve(), path.parent.resolve())
+    size = digest = None
+    if job.is_done(sample):
+        size, known = video.stat().st_size, old.get(name, {})
+        if known.get("bytes") == size and video.stat().st_mtime_ns < written:
+            digest = known["sha256"]
+        else:
+            with video.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+    settings = {name: value for name, value in asdict(sample).items() if name != "name_seed"}
+    files = {"video": name, "bytes": size, "sha256": digest}
+    return {"run": str(job.run.folder), **settings, **files}

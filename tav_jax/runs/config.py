@@ -198,14 +198,15 @@ class TuneConfig:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TuneConfig, list[str]]:
-    """Returns a run's settings from a YAML file, and notes about keys that do nothing here.
+    """Return a run's settings from a YAML file, and notes about keys that do nothing here.
 
     Args:
-        overrides: `key=value` with dots for nested keys: `train_data.n_sample_frames=4`.
+        path: The file.
+        overrides: `key=value`, with dots for nested keys: `train_data.n_sample_frames=4`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not YAML, or keys or values are wrong; all are listed.
+        MissingFileError: there is no such file.
+        UserError: it is not YAML, or keys or values are wrong; all are listed.
     """
     return _config_and_notes(read_tree(path, overrides), str(path))
 
@@ -213,13 +214,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TuneCo
 def load_clips(
     path: str | Path, clips: str | Path, overrides: Sequence[str] = ()
 ) -> tuple[list[TuneConfig], list[str]]:
-    """Returns the settings of several runs, and the notes of all; raises as `load_config` does.
+    """Return the settings of several runs, and the notes of all.
 
     Args:
-        path: What they have in common.
-        clips: A YAML list, an item a run, of the keys that differ: `train_data` and mostly
-            `validation_data`. Where it has no `output_dir`, that is a folder in the common one,
-            named like the video.
+        path: A YAML file with what the runs have in common.
+        clips: A YAML file with a list. Each item has the keys in which one run differs:
+            `train_data`, and usually `validation_data`. The default of its `output_dir` is a
+            folder in the common `output_dir`, named like the video.
+        overrides: `key=value` for all runs, as `load_config` takes them.
+
+    Raises:
+        MissingFileError: There is no such file.
+        UserError: A file is not YAML, or keys or values are wrong; all are listed.
     """
     common = read_tree(path, overrides)
     items = read_yaml(Path(clips), "--clips")
@@ -262,17 +268,17 @@ def _config_and_notes(tree: dict[str, Any], where: str) -> tuple[TuneConfig, lis
 
 
 def parse_config(tree: dict[str, Any], where: str = "config") -> TuneConfig:
-    """Returns settings from nested dictionaries; raises as `load_config` does."""
+    """Return settings from nested dictionaries; raises as `load_config` does."""
     return parse(TuneConfig, tree, where)
 
 
 def parse_mesh(text: str) -> MeshSizes:
-    """Returns sizes from `data=1,frames=4`; raises as `load_config` does."""
+    """Return sizes from `data=1,frames=4`; raises as `load_config` does."""
     return parse(MeshSizes, override({}, text.split(",")), "--mesh")
 
 
 def with_absolute_paths(config: TuneConfig) -> TuneConfig:
-    """Returns the same settings, to be read from any working directory."""
+    """Return the same settings, to be read from any working directory."""
 
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().absolute())
@@ -289,12 +295,12 @@ def with_absolute_paths(config: TuneConfig) -> TuneConfig:
 
 
 def dump_config(config: TuneConfig) -> str:
-    """Returns the YAML that `load_config` reads back to the same settings."""
+    """Return the YAML that `load_config` reads back to the same settings."""
     return yaml.safe_dump(to_plain(asdict(config)), sort_keys=False, allow_unicode=True)
 
 
 def differences(ours: TuneConfig, theirs: TuneConfig) -> list[str]:
-    """Returns the keys in which two runs differ, with both values, but for `EXECUTION_KEYS`."""
+    """Return the keys in which two runs differ, with both values, but for `EXECUTION_KEYS`."""
     mine, other = flatten(asdict(ours)), flatten(asdict(theirs))
     return [
         f"{key}: {other[key]!r} there, {value!r} here"

@@ -14,10 +14,10 @@ from tav_jax.files import atomic_write
 
 
 class Stages:
-    """Seconds by stage: `with stages("decode"): ...` adds to them.
+    """Seconds by stage. `with stages("decode"): ...` adds to those of "decode".
 
-    A stage must end with its results there and not merely asked for, or their making would be
-    counted with the stage that first needs them.
+    JAX computes asynchronously, so a stage must wait for its results. Otherwise their time would
+    be counted with the stage that first uses them.
     """
 
     def __init__(self) -> None:
@@ -25,6 +25,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Add the time of the `with` block to a stage."""
         began = time.perf_counter()
         try:
             yield
@@ -32,17 +33,18 @@ class Stages:
             self.add(name, time.perf_counter() - began)
 
     def add(self, name: str, seconds: float) -> None:
+        """Add seconds to a stage."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def taken(self) -> dict[str, float]:
-        """Returns the seconds so far, rounded, and starts over."""
+        """Return the seconds by stage, rounded, and start again from zero."""
         seconds = {name: round(value, 4) for name, value in self.seconds.items()}
         self.seconds = {}
         return seconds
 
 
 def keep_metrics(metrics: Path, steps: int) -> None:
-    """Drops the lines of steps that no checkpoint holds: they will be written again."""
+    """Drop the lines of later steps, which no checkpoint holds: they will be written again."""
     if metrics.is_file():
         lines = metrics.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
@@ -51,7 +53,11 @@ def keep_metrics(metrics: Path, steps: int) -> None:
 
 
 def log(file: TextIO, steps: Sequence[dict], seconds: float) -> None:
-    """Writes a line a step, their mean time with each; raises NotLearningError at no number."""
+    """Write one line for each step, with the mean time of a step.
+
+    Raises:
+        NotLearningError: A loss or a gradient norm is not finite.
+    """
     for metrics in steps:
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
         line = {"step": metrics["step"], "loss": loss, "grad_norm": grad_norm}
@@ -66,6 +72,6 @@ def log(file: TextIO, steps: Sequence[dict], seconds: float) -> None:
 
 
 def log_stages(file: TextIO, step: int, stages: Stages) -> None:
-    """Writes where the time went since this was last written, a line a stage."""
+    """Write where the time went since this was last written, a line a stage."""
     for stage, seconds in stages.taken().items():
         file.write(json.dumps({"step": step, "stage": stage, "seconds": seconds}) + "\n")

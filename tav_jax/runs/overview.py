@@ -25,14 +25,15 @@ TINY, LEAST_SIDE = 64, 256  # pixels
 
 
 def shown(video: Frames) -> UInt8[np.ndarray, "f H2 W2 3"]:
-    """Returns a video as it is written: tiny ones enlarged.
+    """Return a video as it is written: tiny frames are enlarged.
 
-    Players show 32 pixels as a speck, and an mp4 has colours for every second pixel only.
+    Players show 32 pixels as a speck, and an mp4 stores colour for every second pixel only.
     """
     return enlarge(video, LEAST_SIDE) if min(video.shape[1:3]) < TINY else video
 
 
 def sheet_of(folder: Path) -> Path:
+    """Return the path of a folder's contact sheet."""
     return folder / f"{SHEET}.png"
 
 

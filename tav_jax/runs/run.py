@@ -15,8 +15,9 @@ from jaxtyping import UInt8
 
 from tav_jax.errors import MissingFileError, UserError
 from tav_jax.files import atomic_write, first_unwritable_parent
+from tav_jax.models.compute import PRECISION_DTYPES
 from tav_jax.parallel.processes import broadcast_from_main, is_main_process
-from tav_jax.parallel.sharding import gather_to_host, laid, make_mesh
+from tav_jax.parallel.sharding import gather_to_host, make_mesh, shard
 from tav_jax.pipeline import encode_frames, invert_latents, posterior_mean_latents
 from tav_jax.pretrained.model import Model, load_model
 from tav_jax.runs.config import TuneConfig, differences, dump_config, load_config
@@ -140,7 +141,7 @@ class Run:
         config = self.config
         model = load_model(
             config.pretrained_model_path,
-            dtype="float32" if config.mixed_precision == "no" else "bfloat16",
+            dtype=PRECISION_DTYPES[config.mixed_precision],
             float32_modules=config.trainable_modules,
             attention_scope=config.attention_scope,
             attention=config.attention,
@@ -148,7 +149,7 @@ class Run:
             revision=config.revision,
             variant=config.variant,
         )
-        unet, vae, text_encoder = laid((model.unet, model.vae, model.text_encoder))
+        unet, vae, text_encoder = shard((model.unet, model.vae, model.text_encoder))
         return replace(model, unet=unet, vae=vae, text_encoder=text_encoder)
 
     def load_model(self, step: int) -> Model:

@@ -51,17 +51,18 @@ class Sample:
 
     @property
     def stem(self) -> str:
+        """Return the name of the sample's files, without suffix."""
         stem = file_stem(self.prompt) + (f"-seed{self.seed}" if self.name_seed else "")
         return f"{stem}-prompt" if stem in (SHEET, BESIDE) else stem
 
     @property
     def batch_key(self) -> "Sample":
-        """What samples of one batch must have in common: everything but prompt and seed."""
+        """Return what samples of one batch have in common: everything but prompt and seed."""
         return replace(self, prompt="", seed=0)
 
 
 def default_sample(config: TuneConfig, step: int) -> Sample:
-    """Returns what a run's own settings say about sampling, for a prompt yet to be named."""
+    """Return what a run's own settings say about sampling, for a prompt yet to be named."""
     validation = config.validation_data
     return Sample(
         prompt="",
@@ -77,7 +78,7 @@ def default_sample(config: TuneConfig, step: int) -> Sample:
 
 
 def sample_size(config: TuneConfig) -> tuple[int, int, int]:
-    """Returns frames, height and width of what a run samples."""
+    """Return frames, height and width of what a run samples."""
     train, validation = config.train_data, config.validation_data
     return (
         validation.video_length or train.n_sample_frames,
@@ -90,7 +91,7 @@ def is_done(sample: Sample, folder: Path, video_format: str) -> bool:
     """Tells whether a sample's video is there already.
 
     Raises:
-        FileExistsError: a video of that name is there which other settings made.
+        ExistingFileError: a video of that name is there which other settings made.
     """
     video, record = (folder / f"{sample.stem}.{suffix}" for suffix in (video_format, "json"))
     if not video.exists():
@@ -115,6 +116,7 @@ def _differing(made: Mapping[str, object], sample: Sample) -> list[tuple[str, ob
 
 
 def group_by_batch_key(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Return the samples in lists that can be sampled together."""
     groups: dict[Sample, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.batch_key, []).append(sample)
@@ -132,12 +134,15 @@ class Job:
     wanted: list[Sample]
 
     def video(self, sample: Sample) -> Path:
+        """Return the path of a sample's video."""
         return self.folder / f"{sample.stem}.{self.run.config.validation_data.video_format}"
 
     def record(self, sample: Sample) -> Path:
+        """Return the path of the JSON file with a sample's settings."""
         return self.folder / f"{sample.stem}.json"
 
     def is_done(self, sample: Sample) -> bool:
+        """Tell whether a sample's video is there."""
         return is_done(sample, self.folder, self.run.config.validation_data.video_format)
 
 
@@ -149,15 +154,18 @@ def plan_samples(
     output_dir: str | Path | None = None,
     overwrite: bool = False,
 ) -> Job:
-    """Returns what is to be sampled from a run, having changed nothing.
+    """Return what is to be sampled from a run. Nothing is written.
 
     Args:
-        make_samples: Given what the run's settings say, returns what is asked for.
-        output_dir: By default the run's `samples/sample-<step>`.
+        run_folder: The run's folder.
+        make_samples: Takes the run's own settings and returns the samples that are asked for.
+        step: The checkpoint to sample from, by default the newest.
+        output_dir: Takes the videos. By default the run's `samples/sample-<step>`.
+        overwrite: Sample again what is there already.
 
     Raises:
-        FileNotFoundError: there is no such run or checkpoint.
-        FileExistsError: videos of those names are there, or asked for as well, of other settings;
+        MissingFileError: there is no such run or checkpoint.
+        ExistingFileError: videos of those names are there, or asked for as well, of other settings;
             lists all.
     """
     run = Run.open(run_folder)
@@ -188,7 +196,7 @@ def plan_samples(
 
 
 def file_stem(prompt: str) -> str:
-    """A file name, without suffix, that reads like the prompt on any system.
+    """Return a file name, without suffix, that resembles the prompt and is valid on any system.
 
     A prompt that can be a name as it is stays as it is, like the original's `<prompt>.gif`. Any
     other gets a hash of the whole prompt at its end, so that `a/b` and `a:b` remain two files.

@@ -16,9 +16,9 @@ import optax
 
 from tav_jax.console import raise_if_interrupted, say
 from tav_jax.errors import UserError
-from tav_jax.models.unet import GradientCheckpointing
+from tav_jax.models.compute import GradientCheckpointing
 from tav_jax.parallel.processes import is_main_process
-from tav_jax.parallel.sharding import gather_to_host, laid
+from tav_jax.parallel.sharding import gather_to_host, shard
 from tav_jax.pipeline import compile_train_step, encode_prompts
 from tav_jax.pretrained.model import Model, tokenize
 from tav_jax.progress import progress_bar
@@ -132,7 +132,7 @@ def prepare(run: Run, programs: Programs) -> Tuning:
         adam_weight_decay=config.adam_weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
-    state = laid(init_state(model.unet, optimizer, jax.random.key(config.seed)))
+    state = shard(init_state(model.unet, optimizer, jax.random.key(config.seed)))
     tuning = Tuning(run, model, state, labels, learning_rate, stages)
     tuning.state = resume(tuning)
     if tuning.start >= tuning.end and run.latest_step() is None:
@@ -170,7 +170,7 @@ def prepare_step(
         if key not in programs:
             programs[key] = fitting_program(config, train_step, tuning.state, tuning.inputs)
         preset, tuning.program = programs[key]
-    unet = tuning.state.unet.with_config(gradient_checkpointing=preset)
+    unet = tuning.state.unet.with_compute(gradient_checkpointing=preset)
     tuning.state = tuning.state._replace(unet=unet)
 
 
@@ -227,17 +227,17 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
 def fitting_program(
     config: TuneConfig, step: Any, state: TrainState, inputs: tuple[Moments, Context, Any]
 ) -> tuple[GradientCheckpointing, Callable]:
-    """Returns the compiled step, with the preset that fits, of which its state is to be.
+    """Return the compiled step, with the preset that fits, of which its state is to be.
 
     Raises:
-        ValueError: nothing that is allowed fits into memory; says what would.
+        UserError: nothing that is allowed fits into memory; says what would.
     """
     moments, context, schedule = inputs
     data = config.train_data
     pixels = data.height // moments.shape[2]
 
     def under(preset: GradientCheckpointing) -> TrainState:
-        return state._replace(unet=state.unet.with_config(gradient_checkpointing=preset))
+        return state._replace(unet=state.unet.with_compute(gradient_checkpointing=preset))
 
     def plan(preset: GradientCheckpointing, size: Size) -> Plan:
         grid = size.height // pixels, size.width // pixels
@@ -272,7 +272,7 @@ def config_keys(alternative: Alternative, asked: Size) -> str:
 
 
 def step_settings(config: TuneConfig) -> TuneConfig:
-    """Returns a config without what the tuning step's program does not depend on."""
+    """Return a config without what the tuning step's program does not depend on."""
     return replace(
         config,
         output_dir="",

@@ -1,8 +1,9 @@
-"""Checkpoints of a run, by Orbax: what trains, the optimiser's state, the step and the key.
+"""Checkpoints of a run, written by Orbax.
 
-`checkpoints/<step>/` has two items: `trained`, which sampling needs, and `progress`, which only
-resuming needs. Frozen parameters are in neither. Orbax writes under a temporary name and renames,
-so that a step is there whole or not at all.
+A checkpoint `checkpoints/<step>/` has two items. `trained` has the trained parameters, which
+sampling needs. `progress` has the optimiser's state, the step and the key, which only resuming
+needs. Frozen parameters are in neither. Orbax writes to a temporary name and renames it, so a
+checkpoint is either complete or absent.
 """
 
 import logging
@@ -24,13 +25,13 @@ MISFIT = "not a checkpoint of this network and optimiser"
 
 
 def save_checkpoint(folder: Path, state: TrainState, trained_names: Iterable[str]) -> None:
-    """Writes `folder/<step>` and waits until it is there; one that is there already stays."""
+    """Write the checkpoint `folder/<step>`, unless it is there already."""
     trained = {name: state.unet.params[name] for name in trained_names}
     save_items(folder, int(state.step), trained=trained, progress=_progress(state))
 
 
 def save_items(folder: Path, step: int, **items: Any) -> None:
-    """Writes `folder/<step>` with a pytree of arrays under each name, unless it is there."""
+    """Write `folder/<step>` with a pytree of arrays under each name, unless it is there."""
     with _manager(folder) as manager:
         if step not in manager.all_steps():
             saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
@@ -38,7 +39,7 @@ def save_items(folder: Path, step: int, **items: Any) -> None:
 
 
 def latest_step(folder: Path) -> int | None:
-    """Returns the newest step that has a whole checkpoint, or None."""
+    """Return the newest step that has a complete checkpoint, or None."""
     if not folder.is_dir():
         return None
     with _manager(folder) as manager:
@@ -46,13 +47,16 @@ def latest_step(folder: Path) -> int | None:
 
 
 def restore_state(path: Path, state: TrainState, trained_names: Iterable[str]) -> TrainState:
-    """Returns the state that a checkpoint folder `.../<step>` holds, around frozen leaves of ours.
+    """Return the train state of a checkpoint.
 
     Args:
-        state: Of the same network and optimiser; gives the frozen parameters and all shapes.
+        path: The checkpoint's folder, `.../<step>`.
+        state: A state of the same network and optimiser. Gives the frozen parameters and all
+            shapes.
+        trained_names: Names of the parameters that train.
 
     Raises:
-        ValueError: it holds no checkpoint, or one of another network or optimiser.
+        UserError: The folder has no checkpoint, or one of another network or optimiser.
     """
     trained = restore_trained(path, {name: state.unet.params[name] for name in trained_names})
     progress = restore_item(path, "progress", _progress(state))
@@ -65,10 +69,14 @@ def restore_state(path: Path, state: TrainState, trained_names: Iterable[str]) -
 
 
 def restore_trained(path: Path, like: Params) -> Params:
-    """Returns the trained parameters of a checkpoint folder; raises as `restore_state` does.
+    """Return the trained parameters of a checkpoint.
 
     Args:
+        path: The checkpoint's folder, `.../<step>`.
         like: Parameters with the names, shapes and types that are expected.
+
+    Raises:
+        UserError: The folder has no checkpoint, or one of another network.
     """
     differing = _differences(path / "trained", like) if (path / "trained").is_dir() else []
     if differing:
@@ -85,7 +93,7 @@ def _progress(state: TrainState) -> dict[str, Any]:
 
 
 def restore_item(path: Path, item: str, like: Any) -> Any:
-    """Returns one pytree of a checkpoint folder, of the structure, shapes and types of `like`."""
+    """Return one pytree of a checkpoint folder, of the structure, shapes and types of `like`."""
     if not (path / item).is_dir():
         raise UserError(f"{path}: no checkpoint of ours; expected a folder checkpoints/<step>")
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -97,15 +105,15 @@ def restore_item(path: Path, item: str, like: Any) -> Any:
         raise UserError(f"{path}: {MISFIT}: {' '.join(str(error).split())[:300]}") from None
 
     def own(leaf: jax.Array) -> jax.Array:
-        # Copies, since Orbax's buffers may be shared and the train step donates its state; and on
-        # one device bound to none, since the first step's would be, which would compile it twice.
+        # Copied, because Orbax's buffers may be shared and the train step donates its state. On one
+        # device the copy is uncommitted, as a new state is: else the step would compile twice.
         return jnp.copy(leaf) if leaf.sharding.num_devices > 1 else jnp.array(np.asarray(leaf))
 
     return jax.tree.map(own, restored)
 
 
 def _differences(item: Path, like: Params) -> list[str]:
-    """Returns which parameters on disk have other names or shapes than those expected."""
+    """Return which parameters on disk have other names or shapes than those expected."""
     with _without_metadata_warning(), ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(item.absolute()).item_metadata
     if metadata is None:  # damaged, as restoring will say
@@ -122,7 +130,7 @@ def _differences(item: Path, like: Params) -> list[str]:
 
 @contextmanager
 def _without_metadata_warning() -> Iterator[None]:
-    """Hide Orbax's warning that an item has no metadata of a checkpoint, which is one folder up."""
+    """Hide Orbax's warning that an item has no checkpoint metadata: it is in the parent folder."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return "Metadata file" not in record.getMessage()

@@ -1,4 +1,4 @@
-"""Device memory before a run: what a program needs, what there is, and what would fit."""
+"""Device memory: what a program needs, what there is, and what would fit."""
 
 import math
 import os
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from tav_jax.errors import UserError
-from tav_jax.models.unet import GradientCheckpointing
+from tav_jax.models.compute import GradientCheckpointing
 
 # From the fastest to the one that needs least memory.
 PRESETS: tuple[GradientCheckpointing, ...] = ("none", "blocks", "full")
@@ -54,11 +54,11 @@ class Alternative(NamedTuple):
 class DoesNotFitError(UserError):
     """A program that needs more memory than there is.
 
-    The message states the problem. Each command has its own names for presets and sizes, so it
-    words the way out itself, see `with_advice`.
+    The message states the problem. Each command has its own flags or keys for presets and sizes, so
+    it describes the alternatives itself, see `with_advice`.
 
     Attributes:
-        preset: The preset that needs least memory of those that were allowed.
+        preset: Of the presets that were allowed, the one that needs least memory.
         size: The size of clip that was asked for.
         needed: Bytes that they need, or None if the compiler refuses and does not say.
         limit: Bytes there are; infinite if only the compiler knows.
@@ -84,10 +84,11 @@ class DoesNotFitError(UserError):
         self.alternatives = tuple(alternatives)
 
     def with_advice(self, describe: Callable[[Alternative, Size], str]) -> UserError:
-        """Return the same error with what would fit, in a command's own words.
+        """Return the same error with the alternatives in its message.
 
         Args:
-            describe: Words one alternative, given it and the size that was asked for.
+            describe: Returns an alternative as a command's flags or keys, given the alternative
+                and the size that was asked for.
         """
         ways = [describe(alternative, self.size) for alternative in self.alternatives]
         advice = f"what fits: {', or '.join(ways)}" if ways else "no smaller clip fits either"
@@ -122,7 +123,7 @@ def device_bytes() -> int:
 
 
 def compile_plan(compile: Callable[[], jax.stages.Compiled]) -> Plan:
-    """Compile a program and return its plan; a refusal for lack of memory is a plan too.
+    """Compile a program and return its plan, also if the compiler lacks memory for it.
 
     Args:
         compile: Returns the compiled program.
@@ -146,13 +147,13 @@ def fitting_preset(
     """Return the fastest preset that fits into memory, and its program.
 
     Args:
-        plan: Compiles for a preset and a size of clip.
+        plan: Compiles the program for a preset and a size of clip.
         wanted: The only preset allowed; None allows all.
-        size: Of the clip.
+        size: Size of the clip.
         limit: Bytes that a program may need; infinite if only the compiler knows.
 
     Raises:
-        DoesNotFitError: no allowed preset fits; has what would.
+        DoesNotFitError: No allowed preset fits. The error has the alternatives.
     """
     allowed = PRESETS if wanted is None else (wanted,)
     for preset in allowed:
@@ -174,7 +175,7 @@ def _find_alternatives(
     size: Size,
     limit: float,
 ) -> Iterator[Alternative]:
-    """Yield another preset that fits at this size; if none does, fewer frames and smaller ones."""
+    """Yield a preset that fits at this size, or else fewer frames and smaller frames that fit."""
     for preset in PRESETS[PRESETS.index(refused) + 1 :]:
         if plan(preset, size).fits(limit):
             yield Alternative(preset, size)
@@ -185,7 +186,7 @@ def _find_alternatives(
     share = 0.5 if least.program is None else (limit - least.fixed) / (least.bytes - least.fixed)
     if share <= 0:
         return
-    # Where a program needs more than in proportion, smaller shares are tried.
+    # In case memory falls more slowly than that, smaller shares are tried too.
     shares = share, 0.8 * share, 0.5 * share
     for candidates in (
         [_fewer_frames(size, share) for share in shares],

@@ -1,4 +1,4 @@
-"""Which parameters train: labels from names, and the optimiser that follows them."""
+"""Which parameters train: labels by name, and the optimiser that uses them."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -20,13 +20,14 @@ TRAINABLE_MODULES = ("attn1.to_q", "attn2.to_q", "attn_temp")
 
 
 def label_params(names: Iterable[str], trainable_modules: Sequence[str]) -> dict[str, Label]:
-    """Returns "train" or "freeze" for every parameter name.
+    """Return "train" or "freeze" for every parameter name.
 
-    A pattern names a module by the end of its path, whole names only, as `trainable_modules` of
-    the original does: "attn1.to_q" is every `...attn1.to_q.kernel`, "attn_temp" all below it.
+    A pattern is the end of a module's path, in whole names, as in the original's
+    `trainable_modules`: "attn1.to_q" matches every `...attn1.to_q.kernel`, and "attn_temp" matches
+    every parameter in such a module.
 
     Raises:
-        ValueError: a pattern matches nothing; all such patterns are listed, with near names.
+        UserError: Some patterns match nothing; all of them are listed, with similar names.
     """
     names = list(names)
     unmatched = [
@@ -42,7 +43,7 @@ def label_params(names: Iterable[str], trainable_modules: Sequence[str]) -> dict
 
 
 def _no_match(pattern: str, names: list[str]) -> str:
-    """Says what a pattern might have meant: modules named alike by their last two steps."""
+    """Return a message with the modules whose names are most like the pattern."""
     paths = [name.split(".")[:-1] for name in names]
     modules = {".".join(path[-depth:]) for path in paths for depth in (1, 2)}
     modules = {module for module in modules if not module.split(".")[0].isdigit()}
@@ -54,7 +55,7 @@ def _no_match(pattern: str, names: list[str]) -> str:
 
 
 def select(params: Params, labels: dict[str, Label], label: Label) -> Params:
-    """Returns the parameters that carry a label."""
+    """Return the parameters that carry a label."""
     return {name: value for name, value in params.items() if labels[name] == label}
 
 
@@ -68,11 +69,11 @@ def make_optimizer(
     adam_weight_decay: float = 1e-2,
     max_grad_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Returns AdamW for the parameters labelled "train" and nothing at all for the others.
+    """Return AdamW for the parameters labelled "train"; the others do not change.
 
-    Loshchilov & Hutter 2019 (arXiv:1711.05101). Clipping sits inside the trained branch: the norm
-    is then over what trains, as in the original, and no frozen weight's gradient is ever used, so
-    the compiler leaves all of them out.
+    Loshchilov & Hutter 2019 (arXiv:1711.05101). Gradients are clipped within the trained branch.
+    The norm is then over the trained parameters, as in the original, and no gradient of a frozen
+    parameter is used, so the compiler computes none.
     """
     adamw = optax.adamw(
         learning_rate,
@@ -88,11 +89,11 @@ def make_optimizer(
 def make_lr_schedule(
     name: LRScheduler, learning_rate: float, *, warmup_steps: int, total_steps: int
 ) -> optax.Schedule:
-    """Returns the learning rate of each update, counted from 0.
+    """Return the learning rate of each update, counted from 0.
 
-    The names are diffusers' `get_scheduler`'s. "constant" takes no warm-up, there as here; the
-    others rise from 0 over `warmup_steps` and then fall to 0 at `total_steps` (polynomial: to
-    1e-7), or stay.
+    The names and their meanings are those of diffusers' `get_scheduler`. "constant" ignores
+    `warmup_steps`. The others rise from 0 during `warmup_steps`. Then "constant_with_warmup" stays,
+    and the rest fall until `total_steps`: to 1e-7 if "polynomial", and else to 0.
     """
     rest = max(1, total_steps - warmup_steps)
     after = {

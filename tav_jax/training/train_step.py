@@ -1,4 +1,4 @@
-"""The tuning step: noise the clip, predict the noise, move what trains."""
+"""The tuning step: add noise to the clip, predict the noise, update what trains."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -14,17 +14,20 @@ from tav_jax.errors import NotLearningError
 from tav_jax.models.network import Network, in_modules
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import sample_posterior
-from tav_jax.parallel.sharding import denoiser, laid
+from tav_jax.parallel.sharding import constrain, denoiser
 from tav_jax.training.optimizer import Label, select
 from tav_jax.types import Context, Denoiser, Latents, Moments, Params, PRNGKey, Scalar, Timesteps
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes, and the key that it does not.
+    """Everything that a step changes, and the key, which it does not change.
 
     Args:
-        unet: The whole network, frozen leaves too; the optimiser knows which of them move.
-        step: Updates done so far. Randomness of the next comes from `key` and this alone.
+        unet: The whole network, with the frozen parameters.
+        opt_state: The optimiser's state.
+        step: Number of updates so far. The next update's randomness depends on `key` and `step`
+            only.
+        key: The run's key.
     """
 
     unet: Network[UNet3DConditionModel]
@@ -34,7 +37,7 @@ class TrainState(NamedTuple):
 
 
 class NoisedBatch(NamedTuple):
-    """What one step draws at random, given the clip."""
+    """The random values of one step: latents of the clip, noise and a timestep."""
 
     latents: Latents
     noise: Latents
@@ -44,14 +47,14 @@ class NoisedBatch(NamedTuple):
 def init_state(
     unet: Network[UNet3DConditionModel], optimizer: optax.GradientTransformation, key: PRNGKey
 ) -> TrainState:
-    """Returns the state before the first step."""
+    """Return the state before the first step."""
     return TrainState(unet, optimizer.init(unet.params), jnp.int32(0), key)
 
 
 def denoising_loss(
     denoise: Denoiser, schedule: NoiseSchedule, draw: NoisedBatch, context: Context
 ) -> Scalar:
-    """Returns the mean squared error of the prediction, in float32.
+    """Return the mean squared error of the prediction, in float32.
 
     Wu et al. 2023, eq. 1 (Ho et al. 2020, eq. 14), or its v-prediction form.
     """
@@ -64,7 +67,7 @@ def denoising_loss(
 def draw_batch(
     key: PRNGKey, moments: Moments, schedule: NoiseSchedule, scaling_factor: float
 ) -> NoisedBatch:
-    """Returns latents from the posterior, noise, and one uniform timestep per clip.
+    """Return latents from the posterior, noise, and one uniform timestep per clip.
 
     The posterior is sampled anew for each step, as the published code does by encoding again.
     """
@@ -84,10 +87,10 @@ def loss_and_gradients(
     draw: NoisedBatch,
     context: Context,
 ) -> tuple[Scalar, Params]:
-    """Returns the loss and its gradients by the parameters labelled "train".
+    """Return the loss and its gradients by the parameters labelled "train".
 
-    The derivative is written for the whole network. What is not selected is not computed: the
-    compiler drops it (a test counts the FLOPs).
+    The gradient is taken of the whole network. The compiler removes what is not selected, so no
+    weight gradient of a frozen parameter is computed (a test counts the FLOPs).
     """
     loss, gradients = jax.value_and_grad(
         lambda unet: denoising_loss(denoiser(unet), schedule, draw, context)
@@ -98,17 +101,17 @@ def loss_and_gradients(
 def apply_gradients(
     state: TrainState, gradients: Params, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Returns the state one update on, given the gradients of all that trains.
+    """Return the state after one update, given the gradients of all trained parameters.
 
-    The other leaves are handed on untouched, as the very same buffers.
+    The frozen parameters stay the same buffers.
     """
     params = state.unet.params
     every = {name: gradients.get(name, jnp.zeros_like(value)) for name, value in params.items()}
     updates, opt_state = optimizer.update(every, state.opt_state, params)
     moved = {name: optax.apply_updates(params[name], updates[name]) for name in gradients}
     unet = state.unet.with_params(params | moved)
-    # The next step takes this one's state, so it lies as the first did.
-    return laid(state._replace(unet=unet, opt_state=opt_state, step=state.step + 1))
+    # The next step takes this state, so it must be sharded in the same way.
+    return constrain(state._replace(unet=unet, opt_state=opt_state, step=state.step + 1))
 
 
 def train_step(
@@ -122,13 +125,18 @@ def train_step(
     scaling_factor: float,
     gradient_accumulation_steps: int = 1,
 ) -> tuple[TrainState, dict[str, Scalar]]:
-    """Returns the state after one update, with its `loss` and `grad_norm` (before clipping).
+    """Return the state after one update, with its `loss` and `grad_norm` (before clipping).
 
     Args:
-        moments: Posterior of the clip as `vae.encode` gives it, one batch item per draw.
-        context: Text states of the clip's prompt, likewise.
-        labels: As `label_params` gives them, the same that the optimiser was made with.
-        gradient_accumulation_steps: Draws, one after another, over which the gradient is a mean.
+        state: The state before the update.
+        moments: Posterior of the clip as `vae.encode` gives it, one batch item for each draw.
+        context: Text states of the clip's prompt, one batch item for each draw.
+        schedule: The noise schedule.
+        optimizer: As `make_optimizer` makes it.
+        labels: As `label_params` gives them, the same that made the optimiser.
+        scaling_factor: That of the autoencoder's config.
+        gradient_accumulation_steps: Batches of draws, computed one after another, over which the
+            gradient is a mean.
     """
     step_key = jax.random.fold_in(state.key, state.step)
 
@@ -147,9 +155,9 @@ def train_step(
 
 
 def fingerprints(params: Params) -> dict[str, UInt32[Array, ""]]:
-    """Returns a number per parameter that changes when any bit of the parameter does.
+    """Return a number for each parameter that changes when one element of it changes.
 
-    A sum of the bit patterns, each times its own odd number, modulo 2^32.
+    It is the sum of the elements' bit patterns, each times an odd number of its own, modulo 2^32.
     """
 
     def fingerprint(value: Array) -> Array:
@@ -166,14 +174,16 @@ def check_movement(
     labels: dict[str, Label],
     trainable_modules: Sequence[str],
 ) -> None:
-    """Raises unless every trained group has moved and no frozen parameter has.
+    """Raise unless every trained group has moved and no frozen parameter has.
 
     Args:
-        before, after: Fingerprints of the U-Net's parameters, some updates apart.
-        trainable_modules: Each of them is a group.
+        before: Fingerprints of the U-Net's parameters at some step.
+        after: Those a few updates later.
+        labels: "train" or "freeze" for each parameter.
+        trainable_modules: The groups: in each of them some parameter must have moved.
 
     Raises:
-        NotLearningError: what stayed, or what moved, by name.
+        NotLearningError: Lists the groups that did not move, or the frozen parameters that did.
     """
     moved = {name for name in before if int(before[name]) != int(after[name])}
     still = [m for m in trainable_modules if not any(in_modules(name, [m]) for name in moved)]

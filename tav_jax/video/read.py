@@ -34,12 +34,22 @@ def read_frames(
     sampling: str = "rate",
     fit: str = "stretch",
 ) -> UInt8[np.ndarray, "f H W 3"]:
-    """Frames chosen from a video file, or from a folder of images in natural order.
+    """Return frames chosen from a video file, or from a folder of images in natural order.
 
     Args:
-      sampling: "rate" or "uniform", see `frame_indices`.
-      fit: "stretch" ignores the aspect ratio, as the original does; "crop" scales until the
-        short side fits and takes the centre.
+        path: The file or folder.
+        n_sample_frames: Number of frames to return.
+        width: Width of the returned frames, in pixels.
+        height: Their height.
+        sample_start_idx: Index of the first frame.
+        sample_frame_rate: Distance between frames: 2 takes every second one.
+        sampling: "rate" or "uniform", see `frame_indices`.
+        fit: "stretch" ignores the aspect ratio, as the original does. "crop" scales until the
+            short side fits and takes the centre.
+
+    Raises:
+        MissingFileError: There is no such file or folder, or no image in the folder.
+        UserError: The frames cannot be read, or there are too few.
     """
     path = Path(path)
     if fit not in FITS:
@@ -69,11 +79,14 @@ def frame_indices(
     sample_frame_rate: int = 1,
     sampling: str = "rate",
 ) -> list[int]:
-    """Which of `length` frames are read.
+    """Return the indices of the frames that are read, of a clip of `length` frames.
 
     "rate" takes every `sample_frame_rate`-th frame from `sample_start_idx` on, as the original
-    does (which goes on with fewer frames when the clip is short; here that is an error).
-    "uniform" spreads them evenly from `sample_start_idx` to the end, both ends included.
+    does. If the clip is too short, the original takes fewer frames; here that is an error.
+    "uniform" spreads the frames evenly from `sample_start_idx` to the end, both included.
+
+    Raises:
+        UserError: A number is out of range, or there are too few frames.
     """
     n, start, rate = n_sample_frames, sample_start_idx, sample_frame_rate
     if sampling not in ("rate", "uniform"):
@@ -189,5 +202,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def to_pixel_values(
     frames: UInt8[np.ndarray, "*batch H W 3"],
 ) -> Float32[np.ndarray, "*batch H W 3"]:
-    """Floats in [-1, 1]: `x / 127.5 - 1`."""
+    """Return frames as floats in [-1, 1]: `x / 127.5 - 1`."""
     return frames.astype(np.float32) / np.float32(127.5) - np.float32(1)

@@ -13,7 +13,11 @@ from tav_jax.errors import UserError
 
 
 def side_by_side(*videos: UInt8[np.ndarray, "_ _ _ 3"]) -> UInt8[np.ndarray, "f H W 3"]:
-    """One video that shows the given ones next to each other: a source and its edits."""
+    """Return one video that shows several next to each other, such as a source and its edits.
+
+    Raises:
+        UserError: The videos differ in number of frames or in height.
+    """
     if len({video.shape[:2] for video in videos}) != 1:
         given = ", ".join("{} frames of height {}".format(*video.shape[:2]) for video in videos)
         raise UserError(
@@ -23,7 +27,7 @@ def side_by_side(*videos: UInt8[np.ndarray, "_ _ _ 3"]) -> UInt8[np.ndarray, "f 
 
 
 def enlarge(frames: UInt8[np.ndarray, "f H W 3"], least: int) -> UInt8[np.ndarray, "f H2 W2 3"]:
-    """The same frames with every pixel a square, so large that no side is under `least`."""
+    """Return frames enlarged by a whole factor, so that no side is under `least` pixels."""
     factor = math.ceil(least / min(*frames.shape[1:3], least))
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
@@ -31,9 +35,16 @@ def enlarge(frames: UInt8[np.ndarray, "f H W 3"], least: int) -> UInt8[np.ndarra
 def contact_sheet(
     rows: dict[str, UInt8[np.ndarray, "_ _ _ 3"]], columns: int = 8
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """One picture with a labelled row for each video, its frames evenly chosen.
+    """Return one image with a labelled row for each video, its frames evenly chosen.
 
-    Frames below 64 pixels are enlarged by a whole factor, so that they and the text are seen.
+    Frames below 64 pixels are enlarged by a whole factor, so that they and the text can be seen.
+
+    Args:
+        rows: Videos by label, with frames of one size.
+        columns: Most frames in a row.
+
+    Raises:
+        UserError: The frames differ in size, or `columns` is below 1.
     """
     sizes = {label: "{2}x{1}".format(*video.shape) for label, video in rows.items()}
     if columns < 1 or len(set(sizes.values())) != 1:
@@ -67,7 +78,7 @@ def _label_font() -> Path:
 
 
 def _draw_label(label: str, width: int, text_size: int, margin: int) -> np.ndarray:
-    """A white strip with one line of text; what does not fit ends in an ellipsis."""
+    """Return a white strip with one line of text; a long text is cut and ends in an ellipsis."""
     font = ImageFont.truetype(_label_font(), text_size)
     text = unicodedata.normalize("NFC", " ".join(label.split()))
     room = width - 2 * margin

@@ -15,7 +15,13 @@ from tav_jax.video.ffmpeg import load_mediapy
 def to_frames(
     pixel_values: Float[np.ndarray, "*batch H W 3"],
 ) -> UInt8[np.ndarray, "*batch H W 3"]:
-    """The inverse of `to_pixel_values`, rounded to nearest; values beyond [-1, 1] are clipped."""
+    """Return frames from pixel values: the inverse of `to_pixel_values`.
+
+    Values are rounded to the nearest of 0 to 255. Values beyond [-1, 1] are clipped.
+
+    Raises:
+        UserError: Some values are NaN.
+    """
     values = np.asarray(pixel_values, np.float32)
     if missing := int(np.isnan(values).sum()):
         raise UserError(
@@ -28,9 +34,19 @@ def to_frames(
 def write_video(
     path: str | os.PathLike[str], frames: UInt8[np.ndarray, "f H W 3"], fps: int | float = 8
 ) -> None:
-    """Writes an .mp4 (h264) or a .gif, by the suffix of `path`.
+    """Write an .mp4 (h264) or a .gif, by the suffix of `path`.
 
-    An mp4 that browsers play has even sides, so odd ones grow by a repeated row or column.
+    Browsers play an mp4 only if its sides are even, so the last row or column of an odd side is
+    repeated.
+
+    Args:
+        path: The file. It is replaced if it is there.
+        frames: At least one frame.
+        fps: Frames per second.
+
+    Raises:
+        UserError: There is no frame, or the suffix is another.
+        OSError: ffmpeg could not write the file.
     """
     path = Path(path)
     _require_uint8(frames)
@@ -59,7 +75,7 @@ def write_video(
 
 
 def write_image(path: str | os.PathLike[str], image: UInt8[np.ndarray, "H W 3"]) -> None:
-    """Writes one image in the format of its suffix."""
+    """Write one image in the format of its suffix."""
     _require_uint8(image)
     with atomic_write(Path(path)) as partial:
         Image.fromarray(image).save(partial)

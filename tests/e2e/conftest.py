@@ -106,7 +106,7 @@ def write_model(folder: Path) -> None:
             init_network(AutoencoderKL, VAE, keys[1]).params,
         ),
         "text_encoder/model": (
-            {name: value for name, value in vars(TEXT).items() if name != "dtype"},
+            vars(TEXT),
             init_network(CLIPTextModel, TEXT, keys[2]).params,
         ),
     }

@@ -61,7 +61,18 @@ def test_people_get_a_table(capsys):
         (["--size", "36"], r"--size \[36\]: this model takes multiples of 8"),
         (["--repeats", "0"], "--repeats 0: expected 1 or more"),
         (["--model", "no-such-model"], "no folder 'no-such-model'"),
-        (["--aot", "v9x:7"], "--aot v9x:7: "),
+        (["--aot", "v9x:7"], "--aot v9x:7: .*expected h100 or h200, or a TPU slice"),
+        (["--dump-hlo", "hlo", "--frames", "1,2"], "--dump-hlo: .* one value to each flag"),
+        pytest.param(
+            ["--aot", "h100"],
+            r"--aot h100: .* needs pip install '\.\[aot-cuda\]'",
+            marks=pytest.mark.skipif(find_spec("jax_cuda12_plugin") is not None, reason="is there"),
+        ),
+        pytest.param(
+            ["--aot", "h100", "--chips", "9"],
+            "--chips 9: h100 has 1 to 8",
+            marks=pytest.mark.skipif(find_spec("jax_cuda12_plugin") is None, reason="needs it"),
+        ),
     ],
 )
 def test_mistakes_end_in_a_line(capsys, monkeypatch, arguments, message):

@@ -41,10 +41,10 @@ class Edited:
     names: list[str]
 
 
-def run() -> Edited:
+def run(steps: int = STEPS) -> Edited:
     model, frames = load_model("tiny-scenes"), render(CLIP, 8)
     tuned = tune_clip(
-        model, frames, source_prompt(CLIP), max_train_steps=STEPS, learning_rate=LEARNING_RATE
+        model, frames, source_prompt(CLIP), max_train_steps=steps, learning_rate=LEARNING_RATE
     )
     by_kind = {edit.kind: edit for edit in edits_of(CLIP)}
     edits = [by_kind[kind] for kind in ("colour", "source", "open")]
@@ -107,7 +107,8 @@ BROKEN = {
 
 def faults_when_broken(part: str) -> list[str]:
     setattr(*BROKEN[part])
-    return list(faults(run()))
+    # Three updates move everything that trains. More of them are slow when all weights train.
+    return list(faults(run(3 if part == "partition" else STEPS)))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def stored_in(
         name: value.astype("float32" if weights.in_modules(name, float32_modules) else dtype)
         for name, value in network.params.items()
     }
-    return network.with_params(params).with_config(dtype=dtype)
+    return network.with_params(params).with_compute(dtype=dtype)
 
 
 class Ours:
@@ -75,8 +75,8 @@ class Ours:
             # committed either, and the second step would compile anew.
             unet, vae, text_encoder = jax.device_put(jax.device_get((unet, vae, text_encoder)))
         self.vae, self.text_encoder = vae, text_encoder
-        unet = unet.with_config(
-            attention=setting["our_attention"],
+        unet = unet.with_compute(
+            attention_implementation=setting["our_attention"],
             gradient_checkpointing=setting["gradient_checkpointing"],
         )
         self.inputs = {name: jnp.asarray(value) for name, value in inputs.items()}

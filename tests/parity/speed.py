@@ -40,6 +40,7 @@ from ours import Ours, make_schedule
 from ours import peak_device_bytes as our_peak
 from tav_jax.bench.programs import GUIDANCE_SCALE, LEARNING_RATE, NETWORKS, TEXT_TOKENS
 from tav_jax.models.attention.dispatch import AttentionImplementation
+from tav_jax.models.compute import PRECISION_DTYPES
 from tav_jax.pretrained.sd_v1_4 import CONFIGS
 
 if TYPE_CHECKING:  # PyTorch is imported late: it is not needed to print the help
@@ -56,7 +57,6 @@ TEXT_ENCODERS: dict[str, dict[str, Any]] = {
         "vocab_size": 1000,
     },
 }
-DTYPES = {"no": "float32", "bf16": "bfloat16"}
 STEPS = {
     "guided": "guided step",
     "tuning": "tuning step",
@@ -82,7 +82,7 @@ def make_setting(args: argparse.Namespace, device: str) -> Setting:
         "weight_decay": 1e-2,
         "max_grad_norm": 1.0,
         "device": device,
-        "dtype": DTYPES[args.precision],
+        "dtype": PRECISION_DTYPES[args.precision],
         "gradient_checkpointing": args.gradient_checkpointing,
         "our_attention": args.our_attention,
     }
@@ -366,7 +366,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--size", type=int, default=32, help="side of the latent grid (32; 64 for 512 pixels)"
     )
-    parser.add_argument("--precision", choices=list(DTYPES), default="no", help="no: float32")
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="no: float32")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="by default cuda where both sides have one"
     )

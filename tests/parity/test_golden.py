@@ -67,7 +67,7 @@ def in_bfloat16(network, float32_modules=()):
         name: value if in_modules(name, float32_modules) else value.astype(jnp.bfloat16)
         for name, value in network.params.items()
     }
-    return network.with_config(dtype="bfloat16").with_params(params)
+    return network.with_compute(dtype="bfloat16").with_params(params)
 
 
 def test_bfloat16_stays_within_a_stated_distance_of_every_case():

@@ -14,7 +14,7 @@ from tav_jax.models.attention.frame_attention import FRAME_ATTENTION, sparse_cau
 from tav_jax.models.transformer import Attention
 
 # The frames whose tokens each of four frames looks at. Sparse-causal frame 1 sees frame 0 as the
-# first and as the former, which doubles its keys and changes nothing.
+# first and as the previous one, which doubles its keys and changes nothing.
 LOOKS_AT = {
     "sparse_causal": [[0, 0], [0, 0], [0, 1], [0, 2]],
     "spatial": [[0], [1], [2], [3]],
@@ -43,7 +43,7 @@ def heads(key):
 
 
 def attend_one(query, keys, values):
-    """One query of one head: softmax(q . k_j / sqrt(k)) . v_j, in float64."""
+    """Return one query's attention in one head: softmax(q . k_j / sqrt(k)) . v_j, in float64."""
     scores = keys @ query / np.sqrt(len(query))
     weights = np.exp(scores - scores.max())
     return weights @ values / weights.sum()
@@ -112,12 +112,12 @@ def groups(request, key):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Makes chunks of 3 queries by at most 3 keys of this test's inputs."""
+    """Make `chunked` use blocks of 3 queries and at most 3 keys for this test's inputs."""
     monkeypatch.setattr(chunked, "BLOCK_SCORES", 12 * 9)
 
 
 def every_key_copied(query, keys, values):
-    """The definition: each frame's queries over the concatenation of its keys."""
+    """Return each frame's attention over the concatenation of its keys: the definition."""
     frames = query.shape[1]
 
     def of_each_frame(xs):

@@ -1,29 +1,28 @@
 """Attention lowers for an NVIDIA GPU, forward and backward, at every length it is chosen for.
 
 JAX traces and lowers for CUDA without a GPU. Only its question for the cuDNN version needs one, and
-is answered here.
+is answered by `assume_cudnn`.
 """
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from tav_jax.bench.topology import assume_cudnn
 from tav_jax.models.attention.dispatch import choose_implementation, group_attention
 from tav_jax.models.attention.frame_attention import sparse_causal_attention, spatial_attention
 
 
 @pytest.fixture(autouse=True)
 def h100(monkeypatch):
-    """The answers that JAX and our dispatch would get on an H100 with a recent cuDNN."""
-    fused = "jax._src.cudnn.fused_attention_stablehlo"
-    monkeypatch.setattr(f"{fused}.check_cudnn_version", lambda: 91200)
-    monkeypatch.setattr(f"{fused}.check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(f"{fused}.is_cuda_compute_capability_equal", lambda capability: False)
+    """Give JAX and our dispatch the answers that they would get on an H100 with cuDNN."""
     monkeypatch.setattr("tav_jax.models.attention.dispatch.platform", lambda: "gpu")
+    with assume_cudnn():
+        yield
 
 
 def lowered(attend, *shapes):
-    """Returns the text of a loss and its gradients, lowered for CUDA."""
+    """Return the text of a loss and its gradients, lowered for CUDA."""
     inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
 
     def loss(*inputs):

@@ -19,7 +19,7 @@ BFLOAT16_STEP = 2**-7  # spacing of bfloat16 above 1; a result is rounded two or
 
 @pytest.fixture(autouse=True)
 def kernels_run_on_a_cpu(monkeypatch):
-    """Pallas' interpreter; memory that no kernel has written yet is NaN.
+    """Run kernels in Pallas' interpreter. Memory that no kernel has written yet is NaN.
 
     `pltpu.force_tpu_interpret_mode` is closer to the chip, slower, and refused by jax.checkpoint.
     """
@@ -27,7 +27,7 @@ def kernels_run_on_a_cpu(monkeypatch):
 
 
 def draw(key, queries=256, keys=384, width=40, dtype=jnp.float32):
-    """Query, key, value of one clip and two heads, and what both outputs weigh in a loss."""
+    """Return query, key and value of one clip and two heads, and a gradient for both outputs."""
     shapes = [(queries, width), (keys, width), (keys, width), (queries, width), (queries,)]
     return [
         jax.random.normal(each, (1, 2, *shape)).astype(dtype if len(shape) == 2 else jnp.float32)
@@ -35,26 +35,24 @@ def draw(key, queries=256, keys=384, width=40, dtype=jnp.float32):
     ]
 
 
-def attend_by_definition(query, key, value, on_mixed, on_lse):
-    """O, lse, and the gradients of sum(O on_mixed) + sum(lse on_lse), written out in float64."""
-    query, key, value, on_mixed, on_lse = (
-        np.asarray(x, np.float64) for x in (query, key, value, on_mixed, on_lse)
-    )
+def attend_by_definition(query, key, value, do, dlse):
+    """Return O, lse, and the gradients of sum(O do) + sum(lse dlse), written out in float64."""
+    query, key, value, do, dlse = (np.asarray(x, np.float64) for x in (query, key, value, do, dlse))
     scale = query.shape[-1] ** -0.5
     scores = scale * query @ key.mT
     lse = np.logaddexp.reduce(scores, axis=-1)
     weights = np.exp(scores - lse[..., None])
-    on_weights = on_mixed @ value.mT
-    on_weights -= (weights * on_weights).sum(-1, keepdims=True)
-    on_scores = scale * weights * (on_weights + on_lse[..., None])
-    return weights @ value, lse, on_scores @ key, on_scores.mT @ query, weights.mT @ on_mixed
+    dp = do @ value.mT
+    dp -= (weights * dp).sum(-1, keepdims=True)
+    ds = scale * weights * (dp + dlse[..., None])
+    return weights @ value, lse, ds @ key, ds.mT @ query, weights.mT @ do
 
 
 @partial(jax.jit, static_argnames="block")
-def attend_with_gradients(query, key, value, on_mixed, on_lse, block=128):
-    """What `attend_by_definition` gives, by default in tiles of the smallest size."""
+def attend_with_gradients(query, key, value, do, dlse, block=128):
+    """Return what `attend_by_definition` returns. By default tiles have the smallest size."""
     outputs, gradients = jax.vjp(partial(flash_attention, block=block), query, key, value)
-    return *outputs, *gradients((on_mixed, on_lse))
+    return *outputs, *gradients((do, dlse))
 
 
 def check(ours, expected, tolerance):
@@ -91,7 +89,7 @@ def test_scores_beyond_the_range_of_exp_do_no_harm(key):
 
 def test_groups_of_keys_merge_by_their_lse(key):
     inputs = draw(key, queries=128)
-    query, keys, values, on_mixed, on_lse = inputs
+    query, keys, values, do, dlse = inputs
 
     def merged(query, keys, values):
         mixed, lse = zip(
@@ -107,16 +105,16 @@ def test_groups_of_keys_merge_by_their_lse(key):
         ), total
 
     outputs, gradients = jax.vjp(jax.jit(merged), query, keys, values)
-    ours = *outputs, *gradients((on_mixed, on_lse))
+    ours = *outputs, *gradients((do, dlse))
     check(ours, attend_by_definition(*inputs), ROUNDING)
 
 
 def test_attention_made_again_for_the_gradient_gives_the_same(key):
-    *inputs, on_mixed, on_lse = draw(key, queries=128, keys=256)
+    *inputs, do, dlse = draw(key, queries=128, keys=256)
     again = jax.jit(jax.checkpoint(partial(flash_attention, block=128)))
     outputs, gradients = jax.vjp(again, *inputs)
-    ours = *outputs, *gradients((on_mixed, on_lse))
-    expected = attend_with_gradients(*inputs, on_mixed, on_lse)
+    ours = *outputs, *gradients((do, dlse))
+    expected = attend_with_gradients(*inputs, do, dlse)
     for x, y in zip(ours, expected, strict=True):
         np.testing.assert_array_equal(x, y)
 

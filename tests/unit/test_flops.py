@@ -71,7 +71,7 @@ def test_v1_4_costs_what_is_known_of_it():
     # its padding, some two per cent.
     config = published_config.read_unet_config(CONFIGS["unet"])
     unet = Network(UNet3DConditionModel, config, parameter_shapes(UNet3DConditionModel, config))
-    unet = unet.with_config(attention="einsum")
+    unet = unet.with_compute(attention_implementation="einsum")
     inputs = shape(1, 8, 64, 64, 4), jax.ShapeDtypeStruct((1,), jnp.int32), shape(1, 77, 768)
     flops = count_flops(lambda unet, *inputs: unet(*inputs), unet, *inputs)
     assert 0.96 * 7.8e12 < flops < 7.8e12

@@ -28,18 +28,18 @@ ROUNDING = 1e-5  # float32 against float64, for values around 1
 
 
 def normalised(x, axes, eps):
-    """Zero mean and unit variance over the axes, in float64."""
+    """Return x with zero mean and unit variance over the axes, in float64."""
     x = np.asarray(x, np.float64)
     return (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + eps)
 
 
 @jax.jit
 def run(layer, *inputs):
-    """One compiled program costs less than compiling operation by operation."""
+    """Run a layer as one program, which compiles faster than its operations one by one."""
     return layer(*(jnp.asarray(x, jnp.float32) for x in inputs))
 
 
-jit_group_norm = jax.jit(group_norm, static_argnames=("num_groups", "eps"))
+jit_group_norm = jax.jit(group_norm, static_argnames=("num_groups", "eps", "joint_frames"))
 
 
 def silu(x):
@@ -59,23 +59,25 @@ def test_group_norm_of_a_video_is_joint_over_its_frames():
     video = np.zeros((1, 2, 2, 2, 1), np.float32)
     video[:, 1] = 2
     scale, bias = np.ones(1, np.float32), np.zeros(1, np.float32)
-    together = jit_group_norm(video, scale, bias, num_groups=1, eps=0.0)
+    together = jit_group_norm(video, scale, bias, num_groups=1, eps=0.0, joint_frames=True)
     np.testing.assert_array_equal(together, video - 1)
-    frame_by_frame = jit_group_norm(video[0], scale, bias, num_groups=1, eps=1e-6)
+    frame_by_frame = jit_group_norm(
+        video[0], scale, bias, num_groups=1, eps=1e-6, joint_frames=False
+    )
     np.testing.assert_array_equal(frame_by_frame, np.zeros((2, 2, 2, 1)))
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "joint_frames"),
     [
-        pytest.param((2, 3, 4, 5, 6), id="videos"),
-        pytest.param((2, 4, 5, 6), id="pictures"),
+        pytest.param((2, 3, 4, 5, 6), True, id="videos"),
+        pytest.param((2, 4, 5, 6), False, id="images"),
     ],
 )
-def test_group_norm_normalises_neighbouring_channels_then_scales(key, shape):
+def test_group_norm_normalises_neighbouring_channels_then_scales(key, shape, joint_frames):
     x = 3 + 2 * np.asarray(jax.random.normal(key, shape))
     scale, bias = np.arange(1, 7, dtype=np.float32), np.arange(6, dtype=np.float32)
-    ours = jit_group_norm(x, scale, bias, num_groups=2, eps=1e-5)
+    ours = jit_group_norm(x, scale, bias, num_groups=2, eps=1e-5, joint_frames=joint_frames)
     all_but_the_first = tuple(range(1, len(shape)))
     groups = [normalised(group, all_but_the_first, 1e-5) for group in np.split(x, 2, axis=-1)]
     expected = np.concatenate(groups, axis=-1) * scale + bias
@@ -93,8 +95,16 @@ def test_layer_norm_normalises_each_token_by_itself(key):
 @pytest.mark.parametrize(
     ("make", "eps"),
     [
-        pytest.param(lambda: GroupNorm(1, 2, eps=1e-6), 1e-6, id="group norm of a transformer"),
-        pytest.param(lambda: GroupNorm(1, 2, eps=1e-5), 1e-5, id="group norm of a residual block"),
+        pytest.param(
+            lambda: GroupNorm(1, 2, eps=1e-6, joint_frames=False),
+            1e-6,
+            id="group norm of a transformer",
+        ),
+        pytest.param(
+            lambda: GroupNorm(1, 2, eps=1e-5, joint_frames=True),
+            1e-5,
+            id="group norm of a residual block",
+        ),
         pytest.param(lambda: LayerNorm(2), 1e-5, id="layer norm"),
     ],
 )
@@ -107,7 +117,9 @@ def test_eps_is_added_to_the_variance(make, eps):
 @pytest.mark.parametrize(
     "normalise",
     [
-        pytest.param(partial(group_norm, num_groups=1, eps=1e-5), id="group_norm"),
+        pytest.param(
+            partial(group_norm, num_groups=1, eps=1e-5, joint_frames=False), id="group_norm"
+        ),
         pytest.param(partial(layer_norm, eps=1e-5), id="layer_norm"),
     ],
 )
@@ -126,7 +138,7 @@ def test_statistics_of_bfloat16_are_taken_in_float32(normalise):
 
 
 def conv_by_definition(x, kernel, *, stride, padding):
-    """Cross-correlation of `h w i` with `kh kw i o`, the picture padded with zeros."""
+    """Return the cross-correlation of an image `h w i`, padded with zeros, with `kh kw i o`."""
     size = kernel.shape[0]
     x = np.pad(np.asarray(x, np.float64), (padding, padding, (0, 0)))
     h, w = ((side - size) // stride + 1 for side in x.shape[:2])
@@ -193,7 +205,7 @@ def test_downsample_of_an_odd_grid_follows_its_definition(key, padding):
     ],
 )
 def test_gradients_of_a_convolution_are_its_adjoints(size, kernel_size, stride, padding):
-    # A convolution is linear in the picture and in the kernel: <y, A x> = <A^T y, x>, whatever x.
+    # A convolution is linear in the image and in the kernel: <y, A x> = <A^T y, x>, whatever x.
     @jax.jit
     def run(x, kernel, other_x, other_kernel, y):
         def convolve(x, kernel):
@@ -276,7 +288,9 @@ def test_activations_of_the_text_encoder_follow_their_formulas(activation, expec
 
 
 def test_residual_block_adds_the_timestep_to_every_point_and_keeps_its_input(key):
-    block = ResnetBlock(4, 4, time_embed_dim=3, num_groups=1, eps=1e-5, rngs=nnx.Rngs(0))
+    block = ResnetBlock(
+        4, 4, time_embed_dim=3, num_groups=1, eps=1e-5, joint_frames=True, rngs=nnx.Rngs(0)
+    )
     x = np.asarray(jax.random.normal(key, (2, 3, 4, 4, 4)))
     time_emb = np.array([[1, 2, 3], [-1, 0, 1]])
     # With the last convolution silenced only the input is left.

@@ -369,7 +369,7 @@ def test_all_problems_are_in_one_message_under_the_name_of_the_file():
         "encoder_hid_dim": 1280,
         "in_channels": None,
     }
-    with pytest.raises(ValueError, match=r"^here/config\.json: cannot be honoured:\n") as error:
+    with pytest.raises(ValueError, match=r"^here/config\.json: not supported:\n") as error:
         read_unet_config(published, "here/config.json")
     assert sorted(str(error.value).splitlines()[1:]) == [
         "  act_fn: 'gelu' is not supported, only 'silu'",
@@ -442,11 +442,9 @@ def test_a_written_config_is_read_as_it_was(config):
     assert read_unet_config(written) == config
 
 
-def test_how_a_network_computes_is_not_part_of_the_written_config():
-    how = replace(
-        OURS_V1_4, dtype="bfloat16", attention_scope="full", gradient_checkpointing="full"
-    )
-    assert write_unet_config(how) == write_unet_config(OURS_V1_4)
+def test_the_attention_scope_is_not_part_of_the_written_config():
+    changed = replace(OURS_V1_4, attention_scope="full")
+    assert write_unet_config(changed) == write_unet_config(OURS_V1_4)
 
 
 def test_one_head_count_for_all_levels_is_written_as_one_number():
@@ -493,7 +491,7 @@ def test_a_demanded_attribute_of_the_autoencoder_may_say_what_we_compute(name, v
 
 def test_an_autoencoder_of_other_blocks_is_refused():
     other = {"down_block_types": ["AttnDownEncoderBlock2D"] * 4, "latents_mean": [0.1] * 4}
-    with pytest.raises(ValueError, match=r"vae/config\.json: cannot be honoured") as error:
+    with pytest.raises(ValueError, match=r"vae/config\.json: not supported") as error:
         read_vae_config(VAE_V1_4 | other)
     assert "down_block_types: AttnDownEncoderBlock is not supported" in str(error.value)
     assert "latents_mean: [0.1, 0.1, 0.1, 0.1] is not supported" in str(error.value)
@@ -539,7 +537,7 @@ def test_a_text_encoder_of_another_kind_is_refused(changes, message):
 
 
 def test_all_problems_of_a_text_encoder_are_in_one_message():
-    with pytest.raises(ValueError, match=r"text_encoder/config\.json: cannot be honoured") as error:
+    with pytest.raises(ValueError, match=r"text_encoder/config\.json: not supported") as error:
         read_text_config({"model_type": "t5"})
     assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]] == [
         "model_type",
@@ -605,12 +603,12 @@ def test_a_demanded_attribute_of_the_scheduler_is_refused_by_name(name):
     ],
 )
 def test_a_schedule_that_we_do_not_compute_is_refused(changes, message):
-    with pytest.raises(ValueError, match=rf"scheduler_config\.json: cannot.*\n  {message}"):
+    with pytest.raises(ValueError, match=rf"scheduler_config\.json: not supported:\n  {message}"):
         read_schedule(PNDM_V1_4 | changes)
 
 
 def test_all_problems_of_a_schedule_are_in_one_message():
     changes = {"beta_schedule": "sigmoid", "prediction_type": "sample", "trained_betas": [0.1]}
-    with pytest.raises(ValueError, match="cannot be honoured") as error:
+    with pytest.raises(ValueError, match="not supported") as error:
         read_schedule(PNDM_V1_4 | changes)
     assert len(str(error.value).splitlines()) == 1 + len(changes)

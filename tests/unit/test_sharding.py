@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from tav_jax.bench.hlo import collective_bytes
 from tav_jax.parallel import sharding
-from tav_jax.parallel.sharding import AXES, laid, make_mesh, on_mesh, param_spec, videos
+from tav_jax.parallel.sharding import AXES, make_mesh, on_mesh, param_spec, shard, video_sharding
 from tav_jax.pipeline import compile_train_step, ddim_invert_loop, ddim_sample_loop
 from tav_jax.pretrained.configs import read_schedule
 from tav_jax.pretrained.sd_v1_4 import CONFIGS
@@ -50,11 +50,11 @@ def tune_invert_and_sample(unet, steps=3):
     optimizer = make_optimizer(labels, 1e-3)
     step = compile_train_step(0.18, optimizer=optimizer, labels=labels)
     state = init_state(jax.tree.map(jnp.copy, unet), optimizer, jax.random.key(7))
-    state, losses = laid(state), []
+    state, losses = shard(state), []
     for _ in range(steps):
         state, metrics = step(state, clip(8), CONTEXT, SCHEDULE)
         losses.append(metrics["loss"])
-    latents = laid(jnp.asarray(clip(4)), videos)
+    latents = shard(jnp.asarray(clip(4)), video_sharding)
     noise = ddim_invert_loop(
         jnp.copy(latents), 0, steps, state.unet, SCHEDULE, (CONTEXT,), num_steps=10
     )
@@ -108,7 +108,7 @@ def sent(unet, sizes, frames):
     inputs = clip(4, frames), np.array([500]), CONTEXT
     with on_mesh(mesh_of(sizes, frames)):
         call = jax.jit(lambda unet, *inputs: sharding.denoiser(unet)(*inputs))
-        latents = laid(jnp.asarray(inputs[0]), videos)
+        latents = shard(jnp.asarray(inputs[0]), video_sharding)
         return collective_bytes(call.lower(unet, latents, *inputs[1:]).compile())
 
 
@@ -131,7 +131,7 @@ def test_what_is_sent_grows_with_the_boundary_and_not_with_the_video(unet):
 
 
 def test_parts_of_parameters_are_gathered_and_nothing_else_is_added(unet):
-    whole, parted = (sent(laid_on(unet, sizes), sizes, 8) for sizes in ((1, 8, 1), (1, 1, 8)))
+    whole, parted = (sent(sharded_on(unet, sizes), sizes, 8) for sizes in ((1, 8, 1), (1, 1, 8)))
     kernels = sum(
         4 * value.size
         for name, value in unet.params.items()
@@ -142,9 +142,9 @@ def test_parts_of_parameters_are_gathered_and_nothing_else_is_added(unet):
     assert parted == whole
 
 
-def laid_on(unet, sizes):
+def sharded_on(unet, sizes):
     with on_mesh(mesh_of(sizes)):
-        return laid(unet)
+        return shard(unet)
 
 
 def test_one_frame_a_device_is_what_a_grid_that_does_not_divide_gets_too(unet):

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tav_jax.models.clip import CLIPTextModel
+from tav_jax.models.compute import ComputeOptions
 from tav_jax.models.network import in_modules, init_network
 from tav_jax.pretrained.hub import find_folder
 from tav_jax.pretrained.model import (
@@ -117,19 +118,21 @@ def test_a_tuned_network_may_not_lack_its_temporal_attention(tmp_path):
 def test_parameters_are_stored_in_bfloat16_but_for_the_modules_kept_in_float32():
     model = load_model(BASE, dtype="bfloat16", float32_modules=["attn1.to_q", "attn_temp"])
     for network in (model.text_encoder, model.vae, model.unet):
-        assert network.config.dtype == "bfloat16"
+        assert network.compute.dtype == "bfloat16"
         for name, value in network.params.items():
             wide = in_modules(name, ["attn1.to_q", "attn_temp"])
             assert value.dtype == ("float32" if wide else "bfloat16"), name
 
 
 def test_how_the_network_computes_is_chosen_at_loading():
-    config = load_model(BASE, attention_scope="full", gradient_checkpointing="full").unet.config
-    assert config.attention_scope == "full"
-    assert config.gradient_checkpointing == "full"
-    assert load_unet(BASE / "unet").config == replace(
-        config, attention_scope="sparse_causal", gradient_checkpointing="none"
-    )
+    unet = load_model(
+        BASE, attention_scope="full", attention="chunked", gradient_checkpointing="full"
+    ).unet
+    assert unet.config.attention_scope == "full"
+    assert unet.compute == ComputeOptions("chunked", "full")
+    plain = load_unet(BASE / "unet")
+    assert plain.config == replace(unet.config, attention_scope="sparse_causal")
+    assert plain.compute == ComputeOptions()
 
 
 def test_a_model_takes_another_unet_and_keeps_the_rest(model):
@@ -231,10 +234,10 @@ def test_a_config_that_is_missing_is_named(folder, name):
         load_model(folder)
 
 
-def test_a_config_that_cannot_be_honoured_is_named(folder):
+def test_a_config_that_is_not_supported_is_named(folder):
     edit_json(folder / "unet" / "config.json", class_embed_type="timestep")
     where = re.escape(str(folder / "unet" / "config.json"))
-    with pytest.raises(ValueError, match=rf"{where}: cannot be honoured:\n  class_embed_type"):
+    with pytest.raises(ValueError, match=rf"{where}: not supported:\n  class_embed_type"):
         load_model(folder)
 
 
@@ -289,6 +292,7 @@ def test_a_saved_unet_is_loaded_bit_for_bit(tmp_path, options):
     save_unet(tmp_path / "run" / "unet", unet)
     again = load_unet(tmp_path / "run" / "unet", **options)
     assert again.config == unet.config
+    assert again.compute == unet.compute
     same_params(again.params, unet.params)
 
 
@@ -459,8 +463,10 @@ print(json.dumps(answers))
 
 
 def find_elsewhere(requests, **environment):
-    """Returns what `find_folder` answers to each repository and variant, in a process of its own
-    because the client reads its environment once: a folder, or an error's kind and message."""
+    """Return what `find_folder` returns for each repository and variant, or its error.
+
+    It runs in a process of its own, because the client reads its environment once.
+    """
     result = subprocess.run(
         [sys.executable, "-c", FIND, json.dumps(requests)],
         env=os.environ | {"HF_HUB_DISABLE_XET": "1"} | environment,
@@ -534,7 +540,7 @@ def test_a_downloaded_model_loads_like_the_folder(hub, model):
 
 
 def one_line_without(repo, answer):
-    """Tells that no model was found, in one line; returns the line."""
+    """Check that one line says that no model was found, and return the line."""
     kind, message = answer
     assert kind == "MissingFileError"
     assert message.startswith(f"pretrained_model_path: no folder '{repo}', nor such a model")

@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 
 from tav_jax.models.attention.frame_attention import FRAME_ATTENTION
+from tav_jax.models.compute import ComputeOptions
 from tav_jax.models.layers import Downsample, GroupNorm, LayerNorm, ResnetBlock
 from tav_jax.models.network import parameter_shapes
-from tav_jax.models.transformer import Attention, BasicTransformerBlock
-from tav_jax.models.unet import Transformer3D, UNet3DConditionModel
+from tav_jax.models.transformer import Attention, BasicTransformerBlock, Transformer3D
+from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.pretrained.weights import inflate
 
 SCOPES = pytest.mark.parametrize("scope", sorted(FRAME_ATTENTION))
@@ -43,7 +44,7 @@ def inputs():
 
 
 def with_temporal_params(unet, change):
-    """Replaces each parameter of the temporal modules by change(name, value)."""
+    """Replace each parameter of the temporal modules by change(name, value)."""
     temporal = {
         name: change(name, value)
         for name, value in unet.params.items()
@@ -111,7 +112,7 @@ MOVES = {
 
 @pytest.fixture(scope="module")
 def changes(jit):
-    """Tells which frames and points a block's output changes at when one point moves."""
+    """Tell which frames and points a block's output changes at when one point moves."""
     x, context = jax.random.normal(jax.random.key(0), (2, 1, 4, 3, 8))
 
     run = jit(lambda block, x: block(x, block.attn2.keys_values(context[:, :1])))
@@ -145,10 +146,19 @@ def test_temporal_attention_stays_at_its_point(changes):
     np.testing.assert_array_equal(changed, [[True, False, False]] * 4)
 
 
-def test_frames_share_statistics_in_residual_blocks_and_not_in_transformers(jit, unet_config):
-    config = replace(unet_config, attention_scope="spatial", temporal_attention=False)
-    resnet = ResnetBlock(8, 8, num_groups=4, eps=1e-5, rngs=nnx.Rngs(0))
-    transformer = Transformer3D(8, 2, config, rngs=nnx.Rngs(0))
+def test_frames_share_statistics_in_residual_blocks_and_not_in_transformers(jit):
+    resnet = ResnetBlock(8, 8, num_groups=4, eps=1e-5, joint_frames=True, rngs=nnx.Rngs(0))
+    transformer = Transformer3D(
+        8,
+        2,
+        context_dim=8,
+        num_groups=4,
+        use_linear_projection=False,
+        attention_scope="spatial",
+        temporal_attention=False,
+        compute=ComputeOptions(),
+        rngs=nnx.Rngs(0),
+    )
     x = np.random.default_rng(0).standard_normal((1, 3, 2, 2, 8)).astype(np.float32)
     louder = x.copy()
     louder[:, 1] *= 2
@@ -165,8 +175,8 @@ def test_frames_share_statistics_in_residual_blocks_and_not_in_transformers(jit,
 
 
 def modules_of(config, kind):
-    """Returns the modules of a kind by their path, without making parameters."""
-    unet = nnx.eval_shape(lambda: UNet3DConditionModel(config, rngs=nnx.Rngs(0)))
+    """Return the modules of a kind by their path, without creating parameters."""
+    unet = nnx.eval_shape(lambda: UNet3DConditionModel(config, ComputeOptions(), rngs=nnx.Rngs(0)))
     return {
         ".".join(map(str, path)): module
         for path, module in nnx.iter_modules(unet)
@@ -175,7 +185,7 @@ def modules_of(config, kind):
 
 
 def level_of(path):
-    """The level of a module of a two-level network, 0 the finest."""
+    """Return the level of a module of a two-level network. 0 is the finest."""
     part, index = path.split(".")[:2]
     return {"down_blocks": int(index == "1"), "up_blocks": int(index == "0"), "mid_block": 1}[part]
 
@@ -239,11 +249,12 @@ def test_a_head_list_counts_from_the_finest_level(unet_config, heads):
     assert len(found) == 3 * (2 + 1 + 4)  # transformers on the way down, in the middle and up
 
 
-def test_norms_have_the_epsilons_of_the_published_network(unet_config):
+def test_norms_have_the_epsilons_and_statistics_of_the_published_network(unet_config):
     config = replace(unet_config, norm_eps=2e-5)
     for path, norm in modules_of(config, GroupNorm).items():
         in_a_transformer = path.split(".")[-3:-2] == ["attentions"]
         assert norm.eps == (1e-6 if in_a_transformer else 2e-5), path
+        assert norm.joint_frames == (not in_a_transformer), path
     assert {norm.eps for norm in modules_of(config, LayerNorm).values()} == {1e-5}
 
 
@@ -277,7 +288,7 @@ def test_clips_of_a_batch_never_mix(tiny_unet, call, inputs):
 
 
 def test_bfloat16_is_near_float32_and_returns_float32(tiny_unet, call, inputs):
-    ours = call(tiny_unet.with_config(dtype="bfloat16"), *inputs)
+    ours = call(tiny_unet.with_compute(dtype="bfloat16"), *inputs)
     assert ours.dtype == jnp.float32
     # Each of some fifty operations in a row rounds by up to 2^-9, sqrt(50) 2^-9 = 1.4 % together.
     # Less than a single rounding would mean that the type is not heeded.
@@ -285,7 +296,7 @@ def test_bfloat16_is_near_float32_and_returns_float32(tiny_unet, call, inputs):
 
 
 def equations(jaxpr):
-    """Yields the equations of a program and of all programs within."""
+    """Yield the equations of a program and of all programs within."""
     for equation in jaxpr.eqns:
         yield equation
         for value in equation.params.values():
@@ -295,7 +306,7 @@ def equations(jaxpr):
 
 
 def test_under_bfloat16_every_convolution_takes_bfloat16(tiny_unet, inputs):
-    program = jax.make_jaxpr(tiny_unet.with_config(dtype="bfloat16"))(*inputs)
+    program = jax.make_jaxpr(tiny_unet.with_compute(dtype="bfloat16"))(*inputs)
     operands = [
         [operand.aval.dtype.name for operand in equation.invars]
         for equation in equations(program.jaxpr)
@@ -310,7 +321,7 @@ def test_neighbouring_timesteps_stay_apart(tiny_unet, call, inputs, dtype):
     # As bfloat16 numbers 981 is 980.
     latents, _, context = (jnp.stack([x[0], x[0]]) for x in inputs)
     first, second = call(
-        tiny_unet.with_config(dtype=dtype), latents, jnp.array([980, 981]), context
+        tiny_unet.with_compute(dtype=dtype), latents, jnp.array([980, 981]), context
     )
     assert relative_error(second, first) > 2**-7
 
@@ -323,7 +334,7 @@ def gradients_of(jit, random_network, unet_config, inputs):
     run = jit(jax.value_and_grad(lambda unet: jnp.sum(jnp.square(unet(*inputs)))))
 
     def gradients_of(**changes):
-        loss, gradients = run(unet.with_config(**changes))
+        loss, gradients = run(unet.with_compute(**changes))
         return loss, gradients.params
 
     return gradients_of
@@ -347,7 +358,7 @@ def test_gradient_checkpointing_changes_neither_values_nor_gradients(gradients_o
 @pytest.mark.parametrize("preset", ["none", "blocks", "full"])
 def test_gradient_checkpointing_wraps_what_it_names(tiny_unet, inputs, preset):
     def wrapped(jaxpr):
-        """Counts checkpoints by how deep they lie in others."""
+        """Count checkpoints by how many others they are nested in."""
         depths = Counter()
         for equation in jaxpr.eqns:
             if equation.primitive.name in ("checkpoint", "remat2"):
@@ -356,7 +367,7 @@ def test_gradient_checkpointing_wraps_what_it_names(tiny_unet, inputs, preset):
                 depths += Counter({depth + 1: count for depth, count in inside.items()})
         return depths
 
-    unet = tiny_unet.with_config(gradient_checkpointing=preset)
+    unet = tiny_unet.with_compute(gradient_checkpointing=preset)
     blocks = len(modules_of(unet.config, (ResnetBlock, Transformer3D)))
     parts = 4 * len(modules_of(unet.config, BasicTransformerBlock))
     expected = {"none": {}, "blocks": {0: blocks}, "full": {0: blocks, 1: parts}}

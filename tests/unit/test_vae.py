@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tav_jax.models.compute import ComputeOptions
 from tav_jax.models.layers import Downsample, GroupNorm
 from tav_jax.models.vae import AutoencoderKL, sample_posterior
 
@@ -106,7 +107,7 @@ def test_log_variances_are_cut_and_means_are_not(tiny_vae, encode, pixel_values,
 
 
 def test_bfloat16_is_near_float32_and_returns_float32(tiny_vae, decode, latents):
-    ours = decode(tiny_vae.with_config(dtype="bfloat16"), latents)
+    ours = decode(tiny_vae.with_compute(dtype="bfloat16"), latents)
     assert ours.dtype == jnp.float32
     expected = decode(tiny_vae, latents)
     # Some twenty roundings of up to 2^-9 in a row; less than one would mean no bfloat16 at all.
@@ -114,9 +115,10 @@ def test_bfloat16_is_near_float32_and_returns_float32(tiny_vae, decode, latents)
 
 
 def test_norms_and_paddings_are_the_published_autoencoder_s(vae_config):
-    vae = nnx.eval_shape(lambda: AutoencoderKL(vae_config, rngs=nnx.Rngs(0)))
+    vae = nnx.eval_shape(lambda: AutoencoderKL(vae_config, ComputeOptions(), rngs=nnx.Rngs(0)))
     modules = [module for _, module in nnx.iter_modules(vae)]
-    assert {norm.eps for norm in modules if isinstance(norm, GroupNorm)} == {1e-6}
+    norms = [module for module in modules if isinstance(module, GroupNorm)]
+    assert {(norm.eps, norm.joint_frames) for norm in norms} == {(1e-6, False)}
     assert {m.conv.padding for m in modules if isinstance(m, Downsample)} == {(0, 1)}
 
 

@@ -1,4 +1,4 @@
-"""Attention with all scores in memory at once: the definition the other implementations follow."""
+"""Attention with all scores in memory at once: the definition that the others must match."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from tav_jax.models.attention.key_groups import Groups, Heads
 def attention_weights(
     scores: Float[Array, "*axes q m"], width: int, dtype: jnp.dtype
 ) -> Float[Array, "*axes q m"]:
-    """Returns softmax(scores / sqrt(width)) over the keys, taken in float32, given in `dtype`."""
+    """Return softmax(scores / sqrt(width)) over the keys, computed in float32, as `dtype`."""
     return jax.nn.softmax(scores.astype(jnp.float32) * width**-0.5, axis=-1).astype(dtype)
 
 
@@ -21,9 +21,15 @@ def attention(
     value: Float[Array, "*axes m heads k"],
     mask: Bool[Array, "q m"] | None = None,
 ) -> Float[Array, "*axes q heads k"]:
-    """Returns softmax(Q K^T / sqrt(k)) V for each head; `mask` is true where a query may look.
+    """Return softmax(Q K^T / sqrt(k)) V for each head.
 
     Vaswani et al. 2017 (arXiv:1706.03762), eq. 1.
+
+    Args:
+        query: Queries Q.
+        key: Keys K.
+        value: Values V.
+        mask: True where a query may attend to a key. None: it may attend to all.
     """
     scores = jnp.einsum("...qhk,...mhk->...hqm", query, key, preferred_element_type=jnp.float32)
     if mask is not None:
@@ -33,20 +39,30 @@ def attention(
 
 
 def einsum_attention(query: Heads, keys: Groups, values: Groups) -> Heads:
-    """Returns `group_attention`, all scores in memory together."""
-
-    def each(equation: str, x: Array, group: Array) -> Array:
-        shared = group.shape[1] == 1
-        return jnp.einsum(
-            equation.replace("g", "" if shared else "f"),
-            x,
-            group[:, 0] if shared else group,
-            preferred_element_type=jnp.float32,
-        )
-
-    scores = jnp.concatenate([each("bfqhk,bgmhk->bfhqm", query, key) for key in keys], axis=-1)
+    """Return `group_attention`, computed with all scores in memory together."""
+    scores = jnp.concatenate([scores_of_group(query, key) for key in keys], axis=-1)
     weights = attention_weights(scores, query.shape[-1], values[0].dtype)
     ends = [sum(key.shape[2] for key in keys[: i + 1]) for i in range(len(keys) - 1)]
     parts = zip(jnp.split(weights, ends, axis=-1), values, strict=True)
-    mixed = sum(each("bfhqm,bgmhk->bfqhk", part, value) for part, value in parts)
-    return jnp.asarray(mixed, query.dtype)
+    out = sum(weighted_sum_of_group(part, value) for part, value in parts)
+    return jnp.asarray(out, query.dtype)
+
+
+def scores_of_group(
+    query: Heads, key: Float[Array, "b g m heads k"]
+) -> Float[Array, "b f heads q m"]:
+    """Return Q K^T for one group of keys, float32."""
+    if key.shape[1] == 1:  # one frame's keys, which all frames share
+        shared = key[:, 0]
+        return jnp.einsum("bfqhk,bmhk->bfhqm", query, shared, preferred_element_type=jnp.float32)
+    return jnp.einsum("bfqhk,bfmhk->bfhqm", query, key, preferred_element_type=jnp.float32)
+
+
+def weighted_sum_of_group(
+    weights: Float[Array, "b f heads q m"], value: Float[Array, "b g m heads k"]
+) -> Heads:
+    """Return the sum of one group's values, weighted for each query, float32."""
+    if value.shape[1] == 1:  # one frame's values, which all frames share
+        shared = value[:, 0]
+        return jnp.einsum("bfhqm,bmhk->bfqhk", weights, shared, preferred_element_type=jnp.float32)
+    return jnp.einsum("bfhqm,bfmhk->bfqhk", weights, value, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""What a frame's self-attention looks at: sparse-causal as in the paper, or its comparisons."""
+"""What a frame's self-attention sees: sparse-causal as in the paper, or its alternatives."""
 
 from collections.abc import Callable
 
@@ -14,11 +14,11 @@ from tav_jax.models.frame_collectives import all_frames, first_frame, previous_f
 def sparse_causal_attention(
     query: Heads, key: Heads, value: Heads, implementation: AttentionImplementation = "auto"
 ) -> Heads:
-    """Returns each frame's attention over the tokens of frame 0 and of the frame before it.
+    """Return each frame's attention over the tokens of frame 0 and of the previous frame.
 
     Wu et al. 2023 (arXiv:2212.11565), section 3.2: Q = W_Q z_i, K = W_K [z_0, z_{i-1}],
-    V = W_V [z_0, z_{i-1}]. Frame 0 has no predecessor: it looks at itself twice, which is the
-    same as once.
+    V = W_V [z_0, z_{i-1}]. Frame 0 has no previous frame. It sees itself twice, which gives the
+    same result as once.
     """
     keys, values = ((first_frame(x), previous_frame(x)) for x in (key, value))
     return group_attention(query, keys, values, implementation)
@@ -30,21 +30,21 @@ def spatial_attention(
     value: Float[Array, "b g m heads k"],
     implementation: AttentionImplementation = "auto",
 ) -> Heads:
-    """Returns each frame's attention over its own keys, or over one frame's that all share."""
+    """Return each frame's attention over its own keys, or over the keys of one shared frame."""
     return group_attention(query, (key,), (value,), implementation)
 
 
 def first_frame_attention(
     query: Heads, key: Heads, value: Heads, implementation: AttentionImplementation = "auto"
 ) -> Heads:
-    """Returns each frame's attention over the tokens of frame 0 alone."""
+    """Return each frame's attention over the tokens of frame 0 alone."""
     return group_attention(query, (first_frame(key),), (first_frame(value),), implementation)
 
 
 def full_attention(
     query: Heads, key: Heads, value: Heads, implementation: AttentionImplementation = "auto"
 ) -> Heads:
-    """Returns each token's attention over every token of every frame."""
+    """Return each token's attention over every token of every frame."""
     key, value = (
         rearrange(all_frames(x), "b f n heads k -> b 1 (f n) heads k") for x in (key, value)
     )
