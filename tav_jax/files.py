@@ -10,11 +10,13 @@ until that file is removed.
 
 import errno
 import hashlib
+import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -35,6 +37,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def keep_json_lines(path: Path, keep: Callable[[Any], bool] = lambda value: True) -> list[Any]:
+    """Drop lines from a JSON Lines file, and return the values of the others.
+
+    A last line without a newline is dropped too: a killed process left it half-written.
+
+    Args:
+        path: The file. If it does not exist, nothing is written.
+        keep: Tells whether to keep a line's value.
+    """
+    if not path.is_file():
+        return []
+    complete = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")]
+    kept = [(line, value) for line in complete if keep(value := json.loads(line))]
+    with atomic_write(path) as partial:
+        partial.write_text("".join(line for line, _ in kept))
+    return [value for _, value in kept]
 
 
 def remove_partials(path: Path) -> None:

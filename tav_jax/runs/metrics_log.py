@@ -10,7 +10,7 @@ from typing import TextIO
 import numpy as np
 
 from tav_jax.errors import NotLearningError
-from tav_jax.files import atomic_write
+from tav_jax.files import keep_json_lines
 
 
 class Stages:
@@ -45,11 +45,7 @@ class Stages:
 
 def keep_metrics(metrics: Path, steps: int) -> None:
     """Drop the lines of later steps, which no checkpoint holds: they will be written again."""
-    if metrics.is_file():
-        lines = metrics.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
-        with atomic_write(metrics) as path:
-            path.write_text("".join(kept))
+    keep_json_lines(metrics, lambda line: line["step"] <= steps)
 
 
 def log(file: TextIO, steps: Sequence[dict], seconds: float) -> None:

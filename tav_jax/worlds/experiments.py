@@ -25,7 +25,7 @@ from tqdm import tqdm
 from tav_jax.console import command, say
 from tav_jax.diffusion.samplers import SamplerName
 from tav_jax.errors import UserError
-from tav_jax.files import atomic_write
+from tav_jax.files import keep_json_lines
 from tav_jax.models.attention.dispatch import AttentionScope
 from tav_jax.models.network import in_modules
 from tav_jax.pipeline import (
@@ -46,6 +46,7 @@ from tav_jax.training.train_step import init_state
 from tav_jax.video.sheets import contact_sheet
 from tav_jax.video.write import to_frames, write_image
 from tav_jax.worlds.metrics import measure
+from tav_jax.worlds.recorded_settings import differ_from_recorded, record_settings
 from tav_jax.worlds.report import Record, write_report
 from tav_jax.worlds.tiny_scenes.drawing import render
 from tav_jax.worlds.tiny_scenes.edits import Edit, edits_of, source_prompt
@@ -149,26 +150,20 @@ def experiment(config: Experiment, folder: Path) -> None:
 
 
 def claim_results(folder: Path, config: Experiment) -> list[Record]:
-    """Returns what a folder holds of this experiment, having made it its own.
+    """Write the experiment's settings to a folder, and return the results that are there.
+
+    A line that a killed process left half-written is dropped, so that result is made again.
 
     Raises:
-        ValueError: the folder belongs to another experiment.
+        UserError: The folder holds another experiment, or something else.
     """
     settings, results = folder / "experiment.json", folder / "results.jsonl"
-    text = json.dumps(asdict(config), indent=2) + "\n"
-    if settings.is_file() and settings.read_text() != text:
+    if differ_from_recorded(settings, config):
         raise UserError(f"--output-dir: {folder} holds another experiment; name another folder")
     if not settings.is_file() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"--output-dir: {folder} exists and is no experiment; name another")
-    with atomic_write(settings) as path:
-        path.write_text(text)
-    if not results.is_file():
-        return []
-    # The last line may have been cut by a kill: then it is made again.
-    lines = [line for line in results.read_text().splitlines(keepends=True) if line[-1] == "\n"]
-    with atomic_write(results) as path:
-        path.write_text("".join(lines))
-    return [json.loads(line) for line in lines]
+    record_settings(settings, config)
+    return keep_json_lines(results)
 
 
 class Tuned:

@@ -76,6 +76,17 @@ def test_what_a_kill_cut_short_is_done_again_and_is_the_same(trial, tmp_path):
     assert results(folder) == results(trial / "out")
 
 
+def test_a_folder_from_before_a_setting_existed_is_the_same_experiment(trial, tmp_path):
+    folder = shutil.copytree(trial / "out", tmp_path / "out")
+    file = folder / "experiment.json"
+    older = json.loads(file.read_text())
+    del older["setting"]["sampler"], older["sweep"]
+    file.write_text(json.dumps(older))
+    assert run(trial / "trial.yaml", folder) == 0
+    assert results(folder) == results(trial / "out")
+    assert json.loads(file.read_text())["setting"]["sampler"] == "ddim"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tav_jax.models.network import init_network
+from tav_jax.models.vae import AutoencoderKL
 from tav_jax.pretrained.model import load_model, tokenize
 from tav_jax.worlds import pretrain
+from tav_jax.worlds.autoencoder import LATENT_DEVIATIONS, normalise_latents
 from tav_jax.worlds.text_to_image import draw
+from tav_jax.worlds.tiny_scenes.networks import VAE
 from tav_jax.worlds.tiny_scenes.world import SIZE, WORDS
 
 FEW = (
@@ -83,15 +87,15 @@ def test_wrong_arguments_end_in_a_line(trained, capsys, arguments, message):
 
 
 def test_standardising_changes_latents_and_no_picture():
-    vae = pretrain.init_network(pretrain.AutoencoderKL, pretrain.VAE, jax.random.key(0))
+    vae = init_network(AutoencoderKL, VAE, jax.random.key(0))
     bias = jax.random.normal(jax.random.key(1), (8,))
     vae = vae.with_params(vae.params | {"quant_conv.bias": bias})
     pictures = jax.random.normal(jax.random.key(2), (4, 1, SIZE, SIZE, 3))
     moments = vae.bind().encode(pictures)
-    after = vae.with_params(pretrain.standardised(vae.params, moments))
+    after = vae.with_params(normalise_latents(vae.params, moments))
     mean, logvar = jax.numpy.split(after.bind().encode(pictures), 2, axis=-1)
     np.testing.assert_allclose(mean.mean((0, 1, 2, 3)), 0, atol=1e-5)
     variance = mean.var((0, 1, 2, 3)) + jax.numpy.exp(logvar).mean((0, 1, 2, 3))
-    np.testing.assert_allclose(variance**0.5, pretrain.LATENT_DEVIATIONS, rtol=1e-4)
+    np.testing.assert_allclose(variance**0.5, LATENT_DEVIATIONS, rtol=1e-4)
     old = vae.bind().decode(moments[..., :4])
     np.testing.assert_allclose(after.bind().decode(mean), old, atol=1e-4)

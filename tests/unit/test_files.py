@@ -10,6 +10,7 @@ from tav_jax.files import (
     atomic_write,
     claim,
     first_unwritable_parent,
+    keep_json_lines,
     remove_lock,
     remove_partials,
 )
@@ -125,3 +126,13 @@ def test_what_keeps_a_file_from_being_created_is_named(tmp_path, monkeypatch):
     assert first_unwritable_parent(tmp_path) is None
     assert first_unwritable_parent(file / "below") == file
     assert first_unwritable_parent(file.relative_to(tmp_path) / "new/folder") == file
+
+
+def test_a_half_written_line_is_dropped_and_others_are_kept_as_asked(tmp_path):
+    file = tmp_path / "lines.jsonl"
+    assert keep_json_lines(file) == []
+    assert not file.exists()
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    assert keep_json_lines(file) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert keep_json_lines(file, lambda line: line["step"] != 2) == [{"step": 1}, {"step": 3}]
+    assert file.read_text() == '{"step": 1}\n{"step": 3}\n'

@@ -10,7 +10,6 @@ from PIL import Image
 
 from tav_jax.worlds.tiny_scenes.detector import read_frame
 from tav_jax.worlds.tiny_scenes.drawing import place, render, render_batch, truth
-from tav_jax.worlds.tiny_scenes.recipe import byte_pair_merges
 from tav_jax.worlds.tiny_scenes.world import (
     BACKGROUNDS,
     CLIPS,
@@ -26,6 +25,7 @@ from tav_jax.worlds.tiny_scenes.world import (
     describe,
     sample_scenes,
 )
+from tav_jax.worlds.tokenizer import byte_pair_merges
 
 
 @pytest.fixture
