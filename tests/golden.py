@@ -80,12 +80,12 @@ def channels_first(x) -> np.ndarray:
     return np.moveaxis(np.asarray(x), -1, -4)
 
 
-def pictures_last(x: np.ndarray) -> np.ndarray:
-    """Returns PyTorch's pictures `b c h w` as clips of one frame, `b 1 h w c`."""
+def images_last(x: np.ndarray) -> np.ndarray:
+    """Returns PyTorch's images `b c h w` as clips of one frame, `b 1 h w c`."""
     return np.moveaxis(x, 1, -1)[:, None]
 
 
-def pictures_first(x) -> np.ndarray:
+def images_first(x) -> np.ndarray:
     return np.moveaxis(np.asarray(x)[:, 0], -1, 1)
 
 
@@ -151,20 +151,20 @@ def text(golden: GoldenSet) -> Iterator[Row]:
 
 def vae(golden: GoldenSet) -> Iterator[Row]:
     case, network = golden.case("vae"), golden.base.vae
-    moments = jax.jit(lambda vae, x: vae.bind().encode(x))(network, pictures_last(case["pixels"]))
+    moments = jax.jit(lambda vae, x: vae.bind().encode(x))(network, images_last(case["pixels"]))
     mean, logvar = split_moments(moments)
-    yield compare("vae.mean", pictures_first(mean), case["mean"], SINGLE)
-    yield compare("vae.logvar", pictures_first(logvar), case["logvar"], SINGLE)
-    latents = pictures_last(case["latents"]) * network.config.scaling_factor
+    yield compare("vae.mean", images_first(mean), case["mean"], SINGLE)
+    yield compare("vae.logvar", images_first(logvar), case["logvar"], SINGLE)
+    latents = images_last(case["latents"]) * network.config.scaling_factor
     decoded = jax.jit(lambda vae, z: vae.bind().decode(z))(network, latents)
-    yield compare("vae.decoded", pictures_first(decoded), case["decoded"], SINGLE)
+    yield compare("vae.decoded", images_first(decoded), case["decoded"], SINGLE)
 
 
 def unet2d(golden: GoldenSet) -> Iterator[Row]:
     case = golden.case("unet2d")
     unet = golden.inflated(zero_temporal_output=True)
-    out = denoise(unet, pictures_last(case["sample"]), case["timesteps"], case["context"])
-    yield compare("unet2d", pictures_first(out), case["out"], SINGLE)
+    out = denoise(unet, images_last(case["sample"]), case["timesteps"], case["context"])
+    yield compare("unet2d", images_first(out), case["out"], SINGLE)
 
 
 def unet3d(golden: GoldenSet, name: str) -> Iterator[Row]:

@@ -1,1 +1,1 @@
-"""A small world of captioned pictures and clips, on which `tiny-scenes` is trained and measured."""
+"""Small worlds of captioned images and clips: base models are trained and measured on them."""

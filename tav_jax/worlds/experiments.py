@@ -1,8 +1,8 @@
-"""python -m tav_jax.worlds.experiments: the paper's comparisons on the small base model, measured.
+"""python -m tav_jax.worlds.experiments: the paper's comparisons, on the small base model.
 
-For each variant of the method, each clip and each seed: tune, invert, sample all prompts of
-`edits`, measure each video. What is measured is kept at once, so that the same command goes on
-where it was stopped; at the end it writes tables and plots.
+For each variant of the method, each clip and each seed it tunes, inverts, samples the prompts of
+`edits`, and measures each video. Results are written as they come, so the same command resumes an
+interrupted experiment. At the end it writes tables and plots.
 """
 
 import argparse
@@ -57,12 +57,20 @@ _strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 @dataclass(frozen=True, config=_strict)
 class Setting:
-    """One way of running the method. The defaults are what serves `tiny-scenes` best, but for the
-    numbers of steps: 25 take half the time of 50, and the figures are level.
+    """One way of running the method. The defaults suit `tiny-scenes`.
+
+    The numbers of steps are 25, because 50 take twice the time and give the same metrics.
 
     Args:
-        temporal_attention: Whether the network has it, and tunes it.
-        inversion: Start from the inverted clip; otherwise from random noise of the seed.
+        attention_scope: The frames that spatial attention looks at.
+        temporal_attention: Whether the network has a temporal attention, and tunes it.
+        max_train_steps: Number of updates.
+        learning_rate: Learning rate of tuning.
+        inversion: Start from the inverted clip. Otherwise start from random noise.
+        guidance_scale: Weight of the guidance.
+        num_inference_steps: Number of sampling steps.
+        num_inv_steps: Number of inversion steps.
+        sampler: "ddim" or "dpm_solver".
     """
 
     attention_scope: AttentionScope = "sparse_causal"
@@ -78,14 +86,17 @@ class Setting:
 
 @dataclass(frozen=True, config=_strict)
 class Experiment:
-    """Variants of the method to be compared, over clips and seeds.
+    """Variants of the method to compare, over clips and seeds.
 
     Args:
-        variants: By name, what each changes in `setting`; the first is what others are held
-            against.
+        variants: What each variant changes in `setting`, by the variant's name. The others are
+            compared with the first one.
+        setting: What the variants have in common.
         sweep: The one setting in which the variants differ, if they are a scale of it.
-        clips: Of the world's `CLIPS`.
-        frames: Of each clip.
+        pretrained_model_path: The base model.
+        clips: Names in the world's `CLIPS`.
+        seeds: Each variant runs on each clip with each seed.
+        frames: Number of frames of each clip.
     """
 
     variants: dict[str, dict[str, Any]]
@@ -105,10 +116,10 @@ class Experiment:
             )
 
     def settings(self) -> dict[str, Setting]:
-        """Returns each variant's setting, by its name.
+        """Return each variant's setting, by its name.
 
         Raises:
-            ValueError: a variant names no setting, or gives it a wrong value.
+            UserError: A variant has an unknown setting, or a wrong value.
         """
         return {
             name: parse(Setting, asdict(self.setting) | changes, f"variants: {name}")
@@ -117,24 +128,25 @@ class Experiment:
 
 
 def experiment(config: Experiment, folder: Path) -> None:
-    """Runs what is not yet in `folder`, then writes its report."""
+    """Run what is not in `folder` yet, and then write the report."""
     settings = config.settings()
     results = claim_results(folder, config)
     done = {(record["variant"], record["clip"], record["seed"]) for record in results}
     total = len(settings) * len(config.clips) * len(config.seeds)
     bar = tqdm(total=total, initial=len(done), desc="experiments", mininterval=1)
 
-    # Variants that are tuned alike share their tuning.
+    # Variants with equal settings of tuning share one tuned model.
     def tuning(name: str) -> tuple:
         setting = settings[name]
         return setting.attention_scope, setting.temporal_attention, setting.learning_rate
 
     with (folder / "results.jsonl").open("a", buffering=1) as file:
         for _, names in groupby(sorted(settings, key=tuning), key=tuning):
-            tuned = Tuned(config, settings[(alike := list(names))[0]])
+            group = list(names)
+            tuned = Tuned(config, settings[group[0]])
             for clip, seed in product(config.clips, config.seeds):
                 frames, edits = tuned.frames(clip), edits_of(CLIPS[clip])
-                missing = [name for name in alike if (name, clip, seed) not in done]
+                missing = [name for name in group if (name, clip, seed) not in done]
                 missing.sort(key=lambda name: settings[name].max_train_steps)
                 steps = [settings[name].max_train_steps for name in missing]
                 for name, model in zip(missing, tuned.after(clip, seed, steps), strict=True):
@@ -161,13 +173,13 @@ def claim_results(folder: Path, config: Experiment) -> list[Record]:
     if differ_from_recorded(settings, config):
         raise UserError(f"--output-dir: {folder} holds another experiment; name another folder")
     if not settings.is_file() and folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--output-dir: {folder} exists and is no experiment; name another")
+        raise UserError(f"--output-dir: {folder} exists and is not an experiment; name another")
     record_settings(settings, config)
     return keep_json_lines(results)
 
 
 class Tuned:
-    """Models tuned on clips under one way of tuning, compiled once."""
+    """Models tuned on clips with one setting, whose train step is compiled once."""
 
     def __init__(self, config: Experiment, setting: Setting):
         self.config, self.setting = config, setting
@@ -182,7 +194,7 @@ class Tuned:
         )
 
     def base(self, seed: int) -> Model:
-        """Returns the untuned model, its temporal attention drawn from the seed."""
+        """Return the untuned model, with a temporal attention initialised from the seed."""
         model = load_model(
             self.config.pretrained_model_path,
             attention_scope=self.setting.attention_scope,
@@ -195,10 +207,11 @@ class Tuned:
         return model.with_unet(model.unet.with_config(temporal_attention=False).with_params(kept))
 
     def frames(self, clip: str) -> UInt8[np.ndarray, "f H W 3"]:
+        """Return the frames of a clip."""
         return render(CLIPS[clip], self.config.frames)
 
     def after(self, clip: str, seed: int, steps: Sequence[int]) -> Iterator[Model]:
-        """Yields the model after each of the given numbers of steps, which ascend."""
+        """Yield the model after each of the given numbers of steps, in ascending order."""
         if not steps:
             return
         model = self.base(seed)
@@ -209,7 +222,7 @@ class Tuned:
             for _ in range(wanted - done):
                 state, _ = self.step(state, moments, context, model.schedule)
             done = wanted
-            # A copy, since the next step gives the state's buffers away.
+            # Copied, because the next step donates the state's buffers.
             yield model.with_unet(jax.tree.map(jnp.copy, state.unet))
 
 
@@ -220,7 +233,7 @@ def sample_edits(
     setting: Setting,
     seed: int,
 ) -> UInt8[np.ndarray, "p f H W 3"]:
-    """Returns a video for each edit, all from the same noise."""
+    """Return a video for each edit, all sampled from the same noise."""
     if setting.inversion:
         latents = posterior_mean_latents(model, encode_frames(model, frames))
         noise = invert_latents(model, latents, num_inv_steps=setting.num_inv_steps)
@@ -240,6 +253,7 @@ def sample_edits(
 def measure_all(
     variant: str, clip: str, seed: int, edits: Sequence[Edit], videos: np.ndarray
 ) -> Record:
+    """Return the record of a variant, a clip and a seed, with the metrics of each video."""
     return {
         "variant": variant,
         "clip": clip,
@@ -260,7 +274,7 @@ def keep_sheet(
     edits: Sequence[Edit],
     videos: np.ndarray,
 ) -> None:
-    """Writes one picture of all videos of a variant and clip: figures alone may deceive."""
+    """Write one image with all videos of a variant and a clip, since metrics may mislead."""
     rows = {"clip": frames} | {
         f"{edit.kind}: {edit.prompt}": video for edit, video in zip(edits, videos, strict=True)
     }
@@ -270,10 +284,11 @@ def keep_sheet(
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with these arguments, by default the process's own."""
     parser = argparse.ArgumentParser(
         prog="python -m tav_jax.worlds.experiments",
-        description="Compare variants of the method on the small base model. Run again, the same "
-        "command goes on, and writes the report anew.",
+        description="Compare variants of the method on the small base model. The same command "
+        "resumes an interrupted experiment, and writes the report again.",
         epilog="example: python -m tav_jax.worlds.experiments "
         "--config configs/experiments/ablations.yaml",
     )

@@ -1,4 +1,4 @@
-"""How well a video follows its prompt, keeps a clip's motion, and stays the same over time."""
+"""Measure how well a video follows its prompt, keeps a clip's motion, and stays consistent."""
 
 from collections.abc import Mapping
 
@@ -11,46 +11,50 @@ from tav_jax.worlds.tiny_scenes.world import ATTRIBUTES, SIZE, TAUGHT_STYLES, Sc
 
 Frames = UInt8[np.ndarray, "f H W 3"]
 
-# Of the frames, so many must show a subject before its way is compared with the clip's.
+# A trajectory is compared with the clip's if this share of the frames shows a subject.
 ENOUGH_FOUND = 0.75
 
 
 def measure(video: Frames, clip: Scene, asks: Mapping[str, str]) -> dict[str, float | None]:
-    """Returns the figures of one video, sampled after a clip.
+    """Return the metrics of one edited video.
 
     Args:
-        asks: What its prompt names, of `ATTRIBUTES`.
+        video: The video.
+        clip: The scene of the clip that was edited.
+        asks: The attributes that the video's prompt names, by name in `ATTRIBUTES`.
 
     Returns:
-        subject, colour, background, style: Share of frames that show what was asked; None if it
-            was not.
-        found: Share of frames in which a subject is recognised.
-        correlation, error: Of its way (or its radius, where the clip's subject grows) with the
-            clip's; the mean distance in pixels. None if it is found in too few frames.
-        flips: Share of neighbouring frames that differ in what they show.
-        change: Mean difference between neighbouring frames, in levels of 255, of what does not
-            move: the background where neither frame has the subject, and the subject's own
-            colour.
+        A dictionary with these values:
+
+        - subject, colour, background, style: share of frames that show what the prompt names, or
+          None if it does not name it.
+        - found: share of frames in which a subject is recognised.
+        - correlation: correlation of the subject's trajectory with the clip's; of the radius, if
+          the clip's subject grows. None if the subject is found in too few frames.
+        - error: mean distance between the two trajectories, in pixels, or None as above.
+        - flips: share of pairs of neighbouring frames that differ in what they show.
+        - change: mean difference between neighbouring frames, in levels of 255, in what does not
+          move: the background away from the subject, and the subject's mean colour.
     """
     seen = read_frame(video, styles=TAUGHT_STYLES)
-    figures: dict[str, float | None] = {}
+    metrics: dict[str, float | None] = {}
     for name in ATTRIBUTES:
         if name not in asks:
-            figures[name] = None
+            metrics[name] = None
             continue
         right = getattr(seen, name) == ATTRIBUTES[name].index(asks[name])
         if name in ("subject", "colour"):
             right &= seen.present
-        figures[name] = float(right.mean())
-    figures["found"] = float(seen.present.mean())
-    figures["correlation"], figures["error"] = follow(seen, clip, size=video.shape[1])
-    figures["flips"] = flips(seen)
-    figures["change"] = change(video, seen)
-    return figures
+        metrics[name] = float(right.mean())
+    metrics["found"] = float(seen.present.mean())
+    metrics["correlation"], metrics["error"] = follow(seen, clip, size=video.shape[1])
+    metrics["flips"] = flips(seen)
+    metrics["change"] = change(video, seen)
+    return metrics
 
 
 def follow(seen: Reading, clip: Scene, size: int) -> tuple[float | None, float | None]:
-    """Returns correlation and mean distance of a seen subject's way and the clip's."""
+    """Return correlation and mean distance of the detected and the clip's trajectory."""
     if seen.present.mean() < ENOUGH_FOUND:
         return None, None
     true = truth(clip, len(seen.x), size)
@@ -62,15 +66,15 @@ def follow(seen: Reading, clip: Scene, size: int) -> tuple[float | None, float |
 
 
 def correlation(a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "n k"]) -> float:
-    """Returns the cosine between two ways about their own means: 1 for the same way elsewhere."""
+    """Return the cosine between two centred trajectories: 1 if one is the other, shifted."""
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     lengths = np.linalg.norm(a) * np.linalg.norm(b)
     return float((a * b).sum() / lengths) if lengths else 0.0
 
 
 def flips(seen: Reading) -> float:
-    """Returns the share of neighbouring frames that do not show the same."""
-    # Without a subject, what is read of it means nothing.
+    """Return the share of pairs of neighbouring frames that differ in what they show."""
+    # Without a subject, its attributes have no meaning.
     shown = np.stack(
         [np.where(seen.present, getattr(seen, name), -1) for name in ("subject", "colour")]
         + [seen.background, seen.style]
@@ -79,7 +83,7 @@ def flips(seen: Reading) -> float:
 
 
 def change(video: Frames, seen: Reading) -> float:
-    """Returns how much of the look changes from frame to frame that motion does not explain."""
+    """Return the change from frame to frame that motion does not explain, in levels of 255."""
     pixels, size = video.astype(np.float64), video.shape[1]
     places = np.stack([seen.x, seen.y, seen.radius], axis=1) * (SIZE / size)
     around = cover(seen.subject, places, size, grow=1.5)

@@ -26,7 +26,7 @@ from tav_jax.worlds.autoencoder import Evaluation, train_autoencoder
 from tav_jax.worlds.diffusion import train_diffusion
 from tav_jax.worlds.recipe import Recipe, Stream, generator, training_keys
 from tav_jax.worlds.recorded_settings import differ_from_recorded, record_settings
-from tav_jax.worlds.text_to_image import draw_scenes, in_words, share_right
+from tav_jax.worlds.text_to_image import accuracy, draw_scenes, in_words
 from tav_jax.worlds.tiny_scenes.drawing import render_batch
 from tav_jax.worlds.tiny_scenes.networks import init_autoencoder, init_model, scheduler_config
 from tav_jax.worlds.tiny_scenes.training_set import make_training_set
@@ -83,7 +83,7 @@ def reconstruction_evaluation(recipe: Recipe) -> Evaluation:
     rng = generator(recipe.seed, Stream.AUTOENCODER_EVALUATION)
     scenes = sample_scenes(rng, NUM_RECONSTRUCTED, held_out=None, styles=TAUGHT_STYLES)
     images = render_batch(scenes, rng.random(NUM_RECONSTRUCTED))
-    return Evaluation(images, lambda decoded: in_words(share_right(scenes, decoded)))
+    return Evaluation(images, lambda decoded: in_words(accuracy(scenes, decoded)))
 
 
 def evaluate_drawing(model: Model, *, recipe: Recipe, sheet: Path) -> str:
@@ -104,7 +104,7 @@ def evaluate_drawing(model: Model, *, recipe: Recipe, sheet: Path) -> str:
             held_out=pairs == "held-out",
             seed=recipe.seed,
         )
-        lines.append(f"{pairs} pairs: {in_words(share_right(scenes, images))}")
+        lines.append(f"{pairs} pairs: {in_words(accuracy(scenes, images))}")
         rows |= {
             f"{pairs} pairs: {describe(scenes[start])} ...": images[start : start + 8]
             for start in range(0, min(len(scenes), 24), 8)

@@ -1,4 +1,4 @@
-"""Measured videos -> tables with intervals (Markdown) and plots (PNG)."""
+"""Write tables with intervals (Markdown) and plots (PNG) of measured videos."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,22 +13,24 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 Record = dict[str, Any]
-"""One variant on one clip with one seed: variant, clip, motion, seed, and videos' figures."""
+"""One variant on one clip with one seed: variant, clip, motion, seed, and the videos' metrics."""
 
 RESAMPLES = 4000
 
 
 class Measure(NamedTuple):
-    """A column: which videos, and which of their figures.
+    """A column of a table: a metric, over some of the videos.
 
     Args:
-        of: Takes a video's figures, the motion of its clip among them.
+        title: Heading of the column.
+        metric: Name of the metric.
+        selects: Tells whether a video counts, given its metrics and the motion of its clip.
         better: "more" or "less".
     """
 
     title: str
-    figure: str
-    of: Callable[[Mapping[str, Any]], bool]
+    metric: str
+    selects: Callable[[Mapping[str, Any]], bool]
     better: str
 
 
@@ -77,7 +79,7 @@ PLOTTED = [
 
 
 class Interval(NamedTuple):
-    """A mean over clips, and where 95 % of bootstrap means lie."""
+    """A mean over clips, and the interval that holds 95 % of the bootstrap means."""
 
     mean: float
     low: float
@@ -88,7 +90,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap(per_clip: Sequence[float]) -> Interval:
-    """Returns the mean over clips with its percentile interval, clips drawn with replacement.
+    """Return the mean over clips with its percentile interval, by drawing clips with replacement.
 
     Efron & Tibshirani 1993, chapter 13.
     """
@@ -99,21 +101,22 @@ def bootstrap(per_clip: Sequence[float]) -> Interval:
 
 
 def summarise(records: Sequence[Record], measure: Measure) -> Interval | None:
-    """Returns a measure over records, seeds and prompts averaged within each clip first.
+    """Return a metric over records. Seeds and prompts are first averaged within each clip.
 
-    Videos without the figure (a motion where no subject was found) are left out; None if all are.
+    Videos without the metric, such as a motion where no subject was found, are left out. Return
+    None if no video has it.
     """
     by_clip: dict[str, list[float]] = {}
     for record in records:
         for video in record["videos"]:
-            figures = video | {"motion": record["motion"], "said": _said(video)}
-            if measure.of(figures) and figures[measure.figure] is not None:
-                by_clip.setdefault(record["clip"], []).append(figures[measure.figure])
+            metrics = video | {"motion": record["motion"], "said": _said(video)}
+            if measure.selects(metrics) and metrics[measure.metric] is not None:
+                by_clip.setdefault(record["clip"], []).append(metrics[measure.metric])
     return bootstrap([float(np.mean(x)) for x in by_clip.values()]) if by_clip else None
 
 
 def _said(video: Mapping[str, Any]) -> float | None:
-    """Returns how right a video is in what its prompt names: in the least right of that."""
+    """Return the lowest accuracy among the attributes that a video's prompt names."""
     asked = [video[name] for name in ("subject", "colour", "background", "style")]
     return min((value for value in asked if value is not None), default=None)
 
@@ -121,7 +124,7 @@ def _said(video: Mapping[str, Any]) -> float | None:
 def write_report(
     folder: Path, records: Sequence[Record], variants: Sequence[str], sweep: str | None
 ) -> None:
-    """Writes `report.md` and its plot."""
+    """Write `report.md` and its plot."""
     of = {name: [r for r in records if r["variant"] == name] for name in variants}
     first = of[variants[0]]
     clips, seeds = ({record[key] for record in first} for key in ("clip", "seed"))
@@ -148,7 +151,7 @@ def write_report(
 
 
 def _kinds(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Returns the records with the videos of one kind of edit each."""
+    """Return the records by kind of edit, each with the videos of that kind only."""
     kinds = dict.fromkeys(v["kind"] for r in records for v in r["videos"] if _full(v))
     return {
         kind: [r | {"videos": [v for v in r["videos"] if v["kind"] == kind]} for r in records]
@@ -157,7 +160,7 @@ def _kinds(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def table(rows: Mapping[str, Sequence[Record]], measures: Sequence[Measure]) -> str:
-    """Returns a Markdown table, a row for each group of records."""
+    """Return a Markdown table with a row for each group of records."""
     lines = ["| | " + " | ".join(measure.title for measure in measures) + " |"]
     lines.append("|---" * (len(measures) + 1) + "|")
     for name, records in rows.items():
@@ -167,7 +170,7 @@ def table(rows: Mapping[str, Sequence[Record]], measures: Sequence[Measure]) -> 
 
 
 def plot_variants(of: Mapping[str, Sequence[Record]]) -> plt.Figure:
-    """Returns a row of panels: each variant's interval, one below the other."""
+    """Return a row of panels that show each variant's interval, one below the other."""
     figure, panels = plt.subplots(
         1, len(PLOTTED), figsize=(13, 1.4 + 0.34 * len(of)), sharey=True, layout="constrained"
     )
@@ -188,7 +191,7 @@ def plot_variants(of: Mapping[str, Sequence[Record]]) -> plt.Figure:
 
 
 def plot_sweep(of: Mapping[str, Sequence[Record]], sweep: str) -> plt.Figure:
-    """Returns a row of panels: measures against the setting that the variants are named after."""
+    """Return a row of panels: metrics against the setting that names the variants."""
     figure, panels = plt.subplots(1, len(PLOTTED), figsize=(13, 3), layout="constrained")
     ticks = np.arange(len(of))
     for panel, (title, measure) in zip(panels, PLOTTED, strict=True):

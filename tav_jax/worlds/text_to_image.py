@@ -1,4 +1,4 @@
-"""python -m tav_jax.worlds.text_to_image: how often a model draws what captions name."""
+"""python -m tav_jax.worlds.text_to_image: measure how often a model draws what captions name."""
 
 import argparse
 import sys
@@ -23,14 +23,14 @@ from tav_jax.worlds.tiny_scenes.world import (
     sample_scenes,
 )
 
-AT_ONCE = 100  # pictures
+BATCH_SIZE = 100  # images that are sampled at once
 
 
 def draw(model: Model, prompts: Sequence[str], guidance_scale: float, seed: int) -> np.ndarray:
-    """Returns a picture per prompt, from random noise in 50 steps."""
-    pictures = []
-    for start in range(0, len(prompts), AT_ONCE):
-        few = list(prompts[start : start + AT_ONCE])
+    """Return an image for each prompt, sampled from random noise in 50 steps."""
+    images = []
+    for start in range(0, len(prompts), BATCH_SIZE):
+        few = list(prompts[start : start + BATCH_SIZE])
         seeds = [seed * 1_000_000 + start + index for index in range(len(few))]
         latents = sample_latents(
             model,
@@ -38,12 +38,15 @@ def draw(model: Model, prompts: Sequence[str], guidance_scale: float, seed: int)
             few,
             guidance_scale=guidance_scale,
         )
-        pictures.append(to_frames(np.asarray(decode_latents(model, latents)))[:, 0])
-    return np.concatenate(pictures)
+        images.append(to_frames(np.asarray(decode_latents(model, latents)))[:, 0])
+    return np.concatenate(images)
 
 
-def share_right(scenes: Sequence[Scene], frames: UInt8[np.ndarray, "n H W 3"]) -> dict[str, float]:
-    """Returns how often the reader finds in pictures what their scenes say."""
+def accuracy(scenes: Sequence[Scene], frames: UInt8[np.ndarray, "n H W 3"]) -> dict[str, float]:
+    """Return, for each attribute, the share of images that show their scene's value.
+
+    An image in which no subject is recognised counts as wrong.
+    """
     seen = read_frame(frames, styles=TAUGHT_STYLES)
     return {
         name: float(
@@ -60,17 +63,23 @@ def share_right(scenes: Sequence[Scene], frames: UInt8[np.ndarray, "n H W 3"]) -
     }
 
 
-def in_words(figures: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+def in_words(accuracies: dict[str, float]) -> str:
+    """Return accuracies as a line of text."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in accuracies.items())
 
 
 def draw_scenes(
     model: Model, count: int, guidance_scale: float, *, held_out: bool, seed: int
 ) -> tuple[list[Scene], UInt8[np.ndarray, "n H W 3"]]:
-    """Returns random scenes, and what the model draws from full prompts about them.
+    """Return random scenes, and the images that a model draws from their full prompts.
 
     Args:
-        held_out: Whether of pairs of subject and colour that no training saw, or of the others.
+        model: The model.
+        count: Number of scenes.
+        guidance_scale: Weight of the guidance.
+        held_out: Use only pairs of subject and colour that were held out of training, or only
+            the others.
+        seed: Seed of the scenes and of the noise.
     """
     rng = np.random.default_rng((seed, held_out))
     scenes = sample_scenes(rng, count, held_out=held_out, styles=TAUGHT_STYLES)
@@ -79,28 +88,29 @@ def draw_scenes(
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with these arguments, by default the process's own."""
     parser = argparse.ArgumentParser(
         prog="python -m tav_jax.worlds.text_to_image",
-        description="Let a model draw random captions and tell how often a reader finds in the "
-        "pictures what the captions name.",
+        description="Let a model draw random captions, and measure how often a detector finds in "
+        "the images what the captions name.",
         epilog="example: python -m tav_jax.worlds.text_to_image --guidance-scale 2 3 5",
     )
     parser.add_argument("--model", default="tiny-scenes", help="folder or name (tiny-scenes)")
     parser.add_argument("--count", type=int, default=500, help="captions of each kind (500)")
     parser.add_argument("--guidance-scale", type=float, nargs="+", default=[3.0], metavar="SCALE")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="some of the pictures")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="some of the images")
     args = parser.parse_args(argv)
     model = load_model(args.model, attention_scope="spatial")
     rows = {}
     for scale in args.guidance_scale:
         for held_out in (False, True):
-            scenes, pictures = draw_scenes(
+            scenes, images = draw_scenes(
                 model, args.count, scale, held_out=held_out, seed=args.seed
             )
             pairs = "held-out pairs" if held_out else "seen pairs"
-            say(f"guidance {scale:g}, {pairs}: {in_words(share_right(scenes, pictures))}")
-            rows[f"guidance {scale:g}, {pairs}: {describe(scenes[0])} ..."] = pictures[:8]
+            say(f"guidance {scale:g}, {pairs}: {in_words(accuracy(scenes, images))}")
+            rows[f"guidance {scale:g}, {pairs}: {describe(scenes[0])} ..."] = images[:8]
     if args.sheet:
         write_image(args.sheet, contact_sheet(rows))
         say(f"wrote {args.sheet}")

@@ -18,7 +18,7 @@ def test_the_model_is_found_by_its_name_and_is_small(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("optimized")
-def test_pictures_show_what_captions_say(capsys, tmp_path):
+def test_images_show_what_captions_say(capsys, tmp_path):
     sheet = tmp_path / "sheet.png"
     arguments = ["--count", "40", "--guidance-scale", "3", "--sheet", str(sheet)]
     assert text_to_image.main(arguments) == 0

@@ -42,9 +42,9 @@ def test_every_stage_leaves_its_curve_and_its_figure(trained):
 
 def test_the_folder_is_a_model_that_draws(trained):
     model = load_model(trained / "tiny-scenes")
-    picture = draw(model, ["a red circle on grass"], 3.0, seed=0)
-    assert picture.shape == (1, SIZE, SIZE, 3)
-    assert picture.std() > 1
+    image = draw(model, ["a red circle on grass"], 3.0, seed=0)
+    assert image.shape == (1, SIZE, SIZE, 3)
+    assert image.std() > 1
     assert all(value.dtype == np.float16 for value in weights(trained).values())
 
 
@@ -86,14 +86,14 @@ def test_wrong_arguments_end_in_a_line(trained, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_standardising_changes_latents_and_no_picture():
+def test_normalising_changes_latents_and_no_image():
     vae = init_network(AutoencoderKL, VAE, jax.random.key(0))
     bias = jax.random.normal(jax.random.key(1), (8,))
     vae = vae.with_params(vae.params | {"quant_conv.bias": bias})
-    pictures = jax.random.normal(jax.random.key(2), (4, 1, SIZE, SIZE, 3))
-    moments = vae.bind().encode(pictures)
+    images = jax.random.normal(jax.random.key(2), (4, 1, SIZE, SIZE, 3))
+    moments = vae.bind().encode(images)
     after = vae.with_params(normalise_latents(vae.params, moments))
-    mean, logvar = jax.numpy.split(after.bind().encode(pictures), 2, axis=-1)
+    mean, logvar = jax.numpy.split(after.bind().encode(images), 2, axis=-1)
     np.testing.assert_allclose(mean.mean((0, 1, 2, 3)), 0, atol=1e-5)
     variance = mean.var((0, 1, 2, 3)) + jax.numpy.exp(logvar).mean((0, 1, 2, 3))
     np.testing.assert_allclose(variance**0.5, LATENT_DEVIATIONS, rtol=1e-4)

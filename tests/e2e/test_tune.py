@@ -153,7 +153,7 @@ def test_videos_are_readable_with_as_many_frames_as_asked(finished_run):
     folder = finished_run.folder / "samples/sample-6"
     videos = [read_all(folder / f"{prompt}.mp4") for prompt in PROMPTS]
     for video in videos:
-        assert video.std() > 1, "a picture, not a plain colour"
+        assert video.std() > 1, "an image, not a plain colour"
         with pytest.raises(ValueError, match="of 4 on there are 4"):
             read_frames(folder / f"{PROMPTS[0]}.mp4", n_sample_frames=5, width=32, height=32)
     assert not np.array_equal(videos[0], videos[2]), "prompts make a difference"

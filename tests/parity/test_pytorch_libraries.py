@@ -73,8 +73,8 @@ def randomize(network):
     return network.eval().requires_grad_(False)
 
 
-def pictures_last(x):
-    """Returns PyTorch's pictures `b c h w` as clips of one frame, `b 1 h w c`."""
+def images_last(x):
+    """Returns PyTorch's images `b c h w` as clips of one frame, `b 1 h w c`."""
     return jnp.moveaxis(x.numpy(), 1, -1)[:, None]
 
 
@@ -153,13 +153,11 @@ def test_a_text_encoder_that_was_never_a_published_one_is_read_too(tmp_path):
     [
         pytest.param((8, 16, 16), 1, 8, 4, (16, 24), id="three levels"),
         pytest.param((12, 6), 2, 3, 3, (10, 6), id="narrowing"),
-        pytest.param((10,), 1, 5, 5, (7, 9), id="one level of an odd picture"),
-        pytest.param((6, 18), 1, 6, 2, (9, 11), id="two levels of an odd picture"),
+        pytest.param((10,), 1, 5, 5, (7, 9), id="one level of an odd image"),
+        pytest.param((6, 18), 1, 6, 2, (9, 11), id="two levels of an odd image"),
     ],
 )
-def test_moments_and_pictures_are_those_of_diffusers(
-    tmp_path, widths, layers, groups, latent, size
-):
+def test_moments_and_images_are_those_of_diffusers(tmp_path, widths, layers, groups, latent, size):
     theirs = AutoencoderKL(
         block_out_channels=widths,
         down_block_types=["DownEncoderBlock2D"] * len(widths),
@@ -175,16 +173,16 @@ def test_moments_and_pictures_are_those_of_diffusers(
 
     # Small inputs: the epsilons then weigh as much as the variances of the first layers.
     pixels = 0.01 * torch.randn(2, 3, *size)
-    moments = jax.jit(lambda vae, x: vae.bind().encode(x))(ours, pictures_last(pixels))
+    moments = jax.jit(lambda vae, x: vae.bind().encode(x))(ours, images_last(pixels))
     posterior = theirs.encode(pixels).latent_dist
     mean, logvar = jnp.split(channels_first(moments)[:, :, 0], 2, axis=1)
     assert relative_error(mean, posterior.mean) < FORWARD
     assert relative_error(logvar, posterior.logvar) < FORWARD
 
     latents = 0.01 * torch.randn(2, latent, 4, 3)
-    pictures = jax.jit(lambda vae, z: vae.bind().decode(z))(ours, pictures_last(latents))
+    images = jax.jit(lambda vae, z: vae.bind().decode(z))(ours, images_last(latents))
     expected = theirs.decode(latents / 0.3).sample
-    assert relative_error(channels_first(pictures)[:, :, 0], expected) < FORWARD
+    assert relative_error(channels_first(images)[:, :, 0], expected) < FORWARD
 
 
 # --- the image U-Net
@@ -239,7 +237,7 @@ def test_at_one_frame_the_prediction_is_that_of_diffusers_image_network(tmp_path
     sample = 0.01 * torch.randn(2, 4, *grid)
     timesteps, context = torch.tensor([981, 3]), torch.randn(2, 7, 12)
     ours = jax.jit(lambda unet, *inputs: unet(*inputs))(
-        load_unet(tmp_path), pictures_last(sample), jnp.asarray(timesteps), jnp.asarray(context)
+        load_unet(tmp_path), images_last(sample), jnp.asarray(timesteps), jnp.asarray(context)
     )
     expected = theirs(sample, timesteps, context).sample
     assert relative_error(channels_first(ours)[:, :, 0], expected) < FORWARD

@@ -1,4 +1,4 @@
-"""The shipped base model in PyTorch: diffusers draws the same picture from the same noise."""
+"""The shipped base model in PyTorch: diffusers draws the same image from the same noise."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPT = "a yellow square is moving right on sand"
 
 
-def test_diffusers_draws_the_same_picture(recwarn):
+def test_diffusers_draws_the_same_image(recwarn):
     from diffusers import StableDiffusionPipeline
 
     theirs = StableDiffusionPipeline.from_pretrained(
@@ -29,7 +29,7 @@ def test_diffusers_draws_the_same_picture(recwarn):
     noise = random_latents(model, [3], 1, 32, 32)
     latents = sample_latents(model, noise, [PROMPT], guidance_scale=3.0, num_inference_steps=20)
     ours = np.asarray(decode_latents(model, latents))[0, 0] / 2 + 0.5
-    picture = theirs(
+    image = theirs(
         PROMPT,
         height=32,
         width=32,
@@ -38,5 +38,5 @@ def test_diffusers_draws_the_same_picture(recwarn):
         num_inference_steps=20,
         output_type="np",
     ).images[0]
-    np.testing.assert_allclose(np.clip(ours, 0, 1), picture, atol=2e-3)
-    assert picture.std() > 0.1
+    np.testing.assert_allclose(np.clip(ours, 0, 1), image, atol=2e-3)
+    assert image.std() > 0.1

@@ -31,7 +31,7 @@ def test_a_drawing_of_each_edit_is_measured_as_perfect(name):
     clip = CLIPS[name]
     for edit in edits_of(clip):
         wanted = replace(clip, **edit.asks)
-        # At the middle of the picture every subject has room.
+        # At the middle of the image every subject has room.
         figures = measure(
             render(replace(wanted, motion="still", x=15.0, y=17.0), 4), clip, edit.asks
         )
@@ -135,7 +135,7 @@ def test_a_clip_counts_once_and_missing_figures_not_at_all():
     unequal = records()
     unequal[0]["videos"] += [unequal[0]["videos"][2]] * 5
     subject, motion = EDITS[0], EDITS[5]
-    assert subject.figure == "subject"
+    assert subject.metric == "subject"
     assert summarise(unequal, subject).mean == 0.5
     assert summarise(records(), motion).mean == 0.0, "growing does not move"
     assert (

@@ -403,7 +403,7 @@ def tuned_config():
 def test_the_written_config_is_the_published_one():
     published = tuned_config()
     written = write_unet_config(read_unet_config(published))
-    # The default size of a picture is the pipeline's business: see the next test.
+    # The default size of an image is the pipeline's business: see the next test.
     written.pop("sample_size", None), published.pop("sample_size")
     assert written == published
     assert list(written) == sorted(written), "in the published order"

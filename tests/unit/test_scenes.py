@@ -34,7 +34,7 @@ def rng():
 
 
 def drawn(rng, n, size=SIZE, **kwargs):
-    """Scenes, their pictures, and each subject's true x, y and radius in pixels."""
+    """Scenes, their images, and each subject's true x, y and radius in pixels."""
     scenes, times = sample_scenes(rng, n, **kwargs), rng.random(n)
     places = np.array([place(*each) for each in zip(scenes, times, strict=True)])
     return scenes, render_batch(scenes, times, size), places * size / SIZE
@@ -53,66 +53,64 @@ def shares_right(reading, scenes):
     }
 
 
-def blurred(pictures, sigma):
+def blurred(images, sigma):
     taps = np.exp(-(np.arange(-3, 4) ** 2) / (2 * sigma**2))
     taps /= taps.sum()
     for axis in (1, 2):
         pads = [(3, 3) if i == axis else (0, 0) for i in range(4)]
-        wide = np.pad(pictures.astype(float), pads, mode="edge")
-        pictures = sum(
-            tap * wide.take(range(i, i + pictures.shape[axis]), axis) for i, tap in enumerate(taps)
+        wide = np.pad(images.astype(float), pads, mode="edge")
+        images = sum(
+            tap * wide.take(range(i, i + images.shape[axis]), axis) for i, tap in enumerate(taps)
         )
-    return pictures
+    return images
 
 
-def as_jpeg(picture):
+def as_jpeg(image):
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=70)
+    Image.fromarray(image).save(file, "JPEG", quality=70)
     return np.asarray(Image.open(file))
 
 
-def to_uint8(pictures):
-    return np.rint(np.clip(pictures, 0, 255)).astype(np.uint8)
+def to_uint8(images):
+    return np.rint(np.clip(images, 0, 255)).astype(np.uint8)
 
 
-# What an autoencoder and a player's codec may do to a picture, and worse.
+# What an autoencoder and a player's codec may do to an image, and worse.
 DAMAGES = {
-    "blur 0.5": lambda rng, pictures: to_uint8(blurred(pictures, 0.5)),
-    "blur 0.8": lambda rng, pictures: to_uint8(blurred(pictures, 0.8)),
-    "jpeg": lambda rng, pictures: np.stack([as_jpeg(picture) for picture in pictures]),
-    "gain": lambda rng, pictures: to_uint8(
-        pictures * rng.uniform(0.92, 1.08, (len(pictures), 1, 1, 3))
-    ),
-    "noise": lambda rng, pictures: to_uint8(pictures + rng.normal(0, 8, pictures.shape)),
+    "blur 0.5": lambda rng, images: to_uint8(blurred(images, 0.5)),
+    "blur 0.8": lambda rng, images: to_uint8(blurred(images, 0.8)),
+    "jpeg": lambda rng, images: np.stack([as_jpeg(image) for image in images]),
+    "gain": lambda rng, images: to_uint8(images * rng.uniform(0.92, 1.08, (len(images), 1, 1, 3))),
+    "noise": lambda rng, images: to_uint8(images + rng.normal(0, 8, images.shape)),
 }
 
 
-def test_a_scene_is_the_same_picture_on_every_machine():
+def test_a_scene_is_the_same_image_on_every_machine():
     scenes = sample_scenes(np.random.default_rng(0), 64, styles=STYLES)
-    pictures = render_batch(scenes, np.linspace(0, 1, 64))
+    images = render_batch(scenes, np.linspace(0, 1, 64))
     # As drawn on one machine, once: on any other, and ever after, it has to be that.
-    assert zlib.crc32(pictures.tobytes()) == 3805582597
+    assert zlib.crc32(images.tobytes()) == 3805582597
 
 
-def test_a_picture_does_not_depend_on_its_batch(rng):
-    scenes, pictures, _ = drawn(np.random.default_rng(1), 40, styles=STYLES)
+def test_a_image_does_not_depend_on_its_batch(rng):
+    scenes, images, _ = drawn(np.random.default_rng(1), 40, styles=STYLES)
     times = np.random.default_rng(1)
     sample_scenes(times, 40, styles=STYLES)
-    for scene, time, picture in zip(scenes, times.random(40), pictures, strict=True):
-        np.testing.assert_array_equal(render_batch([scene], np.array([time]))[0], picture)
+    for scene, time, image in zip(scenes, times.random(40), images, strict=True):
+        np.testing.assert_array_equal(render_batch([scene], np.array([time]))[0], image)
 
 
-def test_pictures_are_drawn_fast(rng):
+def test_images_are_drawn_fast(rng):
     scenes = sample_scenes(rng, 2000)
     start = perf_counter()
     render_batch(scenes, rng.random(2000))
-    print(f"{2000 / (perf_counter() - start):.0f} pictures a second")
+    print(f"{2000 / (perf_counter() - start):.0f} images a second")
 
 
 @pytest.mark.parametrize("held_out", [False, True], ids=["seen", "held out"])
 def test_reader_names_what_is_drawn(rng, held_out):
-    scenes, pictures, places = drawn(rng, 400, held_out=held_out)
-    reading = read_frame(pictures)
+    scenes, images, places = drawn(rng, 400, held_out=held_out)
+    reading = read_frame(images)
     assert min(shares_right(reading, scenes).values()) > 0.98
     assert reading.present.mean() > 0.98
     errors = np.hypot(reading.x - places[:, 0], reading.y - places[:, 1])
@@ -121,16 +119,16 @@ def test_reader_names_what_is_drawn(rng, held_out):
 
 
 def test_reader_names_what_is_drawn_in_every_style(rng):
-    scenes, pictures, places = drawn(rng, 400, styles=STYLES, held_out=None)
-    reading = read_frame(pictures, styles=STYLES)
+    scenes, images, places = drawn(rng, 400, styles=STYLES, held_out=None)
+    reading = read_frame(images, styles=STYLES)
     assert min(shares_right(reading, scenes).values()) > 0.98
     errors = np.hypot(reading.x - places[:, 0], reading.y - places[:, 1])
     assert np.median(errors) < 0.3
 
 
 def test_reader_works_at_64_pixels(rng):
-    scenes, pictures, places = drawn(rng, 100, size=64, styles=STYLES)
-    reading = read_frame(pictures, styles=STYLES)
+    scenes, images, places = drawn(rng, 100, size=64, styles=STYLES)
+    reading = read_frame(images, styles=STYLES)
     assert min(shares_right(reading, scenes).values()) > 0.97
     errors = np.hypot(reading.x - places[:, 0], reading.y - places[:, 1])
     assert np.median(errors) < 0.6
@@ -139,8 +137,8 @@ def test_reader_works_at_64_pixels(rng):
 @pytest.mark.parametrize("styles", [STYLES[:1], STYLES], ids=["plain", "styles"])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_reader_bears_damage(rng, damage, styles):
-    scenes, pictures, places = drawn(rng, 300, styles=styles, held_out=None)
-    reading = read_frame(damage(rng, pictures), styles=styles)
+    scenes, images, places = drawn(rng, 300, styles=styles, held_out=None)
+    reading = read_frame(damage(rng, images), styles=styles)
     assert min(shares_right(reading, scenes).values()) > 0.95
     assert reading.present.mean() > 0.95
     errors = np.hypot(reading.x - places[:, 0], reading.y - places[:, 1])
@@ -153,19 +151,19 @@ def test_reader_sees_no_subject_on_an_empty_background(rng, styles):
         replace(scene, motion="still", x=-100.0) for scene in sample_scenes(rng, 150, styles=styles)
     ]
     empty = render_batch(scenes, np.zeros(150))
-    for pictures in (empty, *(damage(rng, empty) for damage in DAMAGES.values())):
-        assert read_frame(pictures, styles=styles).present.mean() < 0.02
+    for images in (empty, *(damage(rng, empty) for damage in DAMAGES.values())):
+        assert read_frame(images, styles=styles).present.mean() < 0.02
 
 
 def test_reader_sees_no_subject_in_noise(rng):
     noise = rng.normal(0, 1, (100, SIZE, SIZE, 3))
     smooth = blurred(noise, 2)
-    for pictures in (
+    for images in (
         rng.integers(256, size=noise.shape).astype(np.uint8),
         to_uint8(128 + 50 * noise),
         to_uint8(128 + 50 * smooth / smooth.std()),
     ):
-        assert read_frame(pictures).present.mean() < 0.02
+        assert read_frame(images).present.mean() < 0.02
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)

@@ -165,7 +165,7 @@ def test_one_frame_a_device_is_what_a_grid_that_does_not_divide_gets_too(unet):
     [
         pytest.param((1, -1, 1), 8, (1, 8, 1), id="all for frames"),
         pytest.param((1, -1, 1), 6, (1, 2, 1), id="as many as divide them"),
-        pytest.param((1, -1, 1), 1, (1, 1, 1), id="a picture"),
+        pytest.param((1, -1, 1), 1, (1, 1, 1), id="an image"),
         pytest.param((2, -1, 1), 8, (2, 4, 1), id="the rest for frames"),
         pytest.param((1, -1, 4), 8, (1, 2, 4), id="the rest beside fsdp"),
         pytest.param((-1, 2, 1), 8, (4, 2, 1), id="the rest for data"),

@@ -206,7 +206,7 @@ def test_a_real_clip_is_read_to_its_last_frame():
     frames = read_frames(path, n_sample_frames=91, width=32, height=32)
     spread = read_frames(path, n_sample_frames=4, width=32, height=32, sampling="uniform")
     np.testing.assert_array_equal(spread, frames[[0, 30, 60, 90]])
-    assert frames.std() > 30, "a picture and not a flat colour"
+    assert frames.std() > 30, "an image and not a flat colour"
     with pytest.raises(ValueError, match="sample_start_idx is 91, but there are 91 frames"):
         read_frames(path, n_sample_frames=1, width=32, height=32, sample_start_idx=91)
 
@@ -229,7 +229,7 @@ def test_equal_numbers_are_ordered_by_name(tmp_path):
 
 def test_stretch_keeps_the_borders_and_crop_takes_the_centre(tmp_path):
     image = np.zeros((16, 64, 3), np.uint8)
-    image[:, 24:40] = 255  # The middle square of a wide picture is white.
+    image[:, 24:40] = 255  # The middle square of a wide image is white.
     write_image(tmp_path / "0.png", image)
     square = partial(read_frames, tmp_path, n_sample_frames=1, width=16, height=16)
     assert square(fit="crop").min() == 255
@@ -372,7 +372,7 @@ def test_colours_survive(tmp_path, suffix):
     np.testing.assert_allclose(middles, frames[:, 8, 8::16], atol=4)
 
 
-def test_an_mp4_keeps_the_detail_of_a_picture(tmp_path):
+def test_an_mp4_keeps_the_detail_of_a_image(tmp_path):
     coarse = np.random.default_rng(0).integers(0, 256, (2, 12, 12), np.uint8)
     smooth = [np.asarray(Image.fromarray(frame).resize((96, 96))) for frame in coarse]
     frames = np.stack(smooth)[..., None].repeat(3, axis=-1)
@@ -462,7 +462,7 @@ def test_floats_are_not_written_as_frames(tmp_path):
         write_image(tmp_path / "a.png", np.zeros((16, 16, 3), np.float32))
 
 
-# --- pictures of several videos
+# --- images of several videos
 
 
 def test_side_by_side_joins_left_to_right():
@@ -487,16 +487,16 @@ def test_side_by_side_refuses_videos_that_do_not_fit(videos, message):
 
 def bands(sheet):
     """Heights of the alternating strips, labels first, that a sheet of black frames is made of."""
-    is_picture = (sheet[:, :, 0] < 5).mean(axis=1) > 0.5
-    edges = np.flatnonzero(np.diff(is_picture)) + 1
+    is_image = (sheet[:, :, 0] < 5).mean(axis=1) > 0.5
+    edges = np.flatnonzero(np.diff(is_image)) + 1
     return np.diff(np.concatenate([[0], edges, [len(sheet)]])).tolist()
 
 
 def test_a_contact_sheet_has_a_labelled_row_for_each_video():
     black = np.zeros((3, 96, 128, 3), np.uint8)
     sheet = contact_sheet({"source: a man is skiing": black, "Spider Man": black})
-    label, picture, between, second_picture, below = bands(sheet)
-    assert picture == second_picture == 96
+    label, image, between, second_image, below = bands(sheet)
+    assert image == second_image == 96
     assert between == label + below
     assert (sheet[:label].min(axis=(1, 2)) < 100).any(), "there is text above the row"
     second = sheet[label + 96 + below :]

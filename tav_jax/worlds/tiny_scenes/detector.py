@@ -1,8 +1,9 @@
-"""What a picture shows, read without training by taking it apart into background and subject.
+"""Detect what an image shows, without any training.
 
-The background is what most pixels look like, the subject what looks least like it: how much of
-each pixel is subject follows from its distances to both colours, as it does in the drawing. Then
-that silhouette is compared with each subject's own, drawn at the same place in the same size.
+Most pixels look like the background, and the subject's pixels look least like it. The share of a
+pixel that the subject covers follows from its distances to both colours, because the drawing mixes
+them in that way. The silhouette is then compared with that of each subject, drawn at the same place
+and size.
 """
 
 from collections.abc import Sequence
@@ -27,23 +28,34 @@ Pixels = Float32[np.ndarray, "n H W 3"]
 Field = Float32[np.ndarray, "n H W"]
 
 WHITE = 255.0
-CHUNK = 128  # Frames read at once.
-PRESENT = 0.7  # The least score of a subject.
-SMALLEST, LARGEST = 3.5, 12.5  # Radii, in units; drawn are 5 to 10.
+CHUNK = 128  # frames that are processed at once
+PRESENT = 0.7  # the lowest score at which a subject counts as present
+SMALLEST, LARGEST = 3.5, 12.5  # radii, in units; those that are drawn are 5 to 10
 
-# Distances in levels of 255. A pixel further than FAR from a colour does not have it; the nearest
-# colour and background of the world, pink on sand, are 104 apart.
+# Distances are in levels of 255. A pixel that is further than this from a colour does not have it.
+# The most similar subject and background, pink on sand, are 104 apart.
 FAR = 60.0
-# A pixel further than this from the line between two colours is no mixture of them; and how much
-# further the pixels of an outline are, in sum, by the side: over 35, without one under 30 (JPEG).
+# A pixel that is further than UNMIXED from the line between two colours is no mixture of them. The
+# sum of what is beyond, divided by the side, is over 35 with an outline, under 30 without (JPEG).
 UNMIXED, MUCH_INK = 45.0, 32.0
+
+PALETTE = np.array(list(COLOURS.values()), np.float32)
 
 
 class Reading(NamedTuple):
-    """Indices into `SUBJECTS`, `list(COLOURS)`, `list(BACKGROUNDS)` and `STYLES`; pixels.
+    """What was detected in each frame.
 
-    `score` is how well silhouette and colours explain the picture, from 0 to 1. Where `present`
-    is false no subject was recognised, and subject, colour, place and radius mean nothing.
+    Args:
+        subject: Index into `SUBJECTS`.
+        colour: Index into `list(COLOURS)`.
+        background: Index into `list(BACKGROUNDS)`.
+        style: Index into `STYLES`.
+        x: The subject's centre, in pixels from the left.
+        y: The subject's centre, in pixels from the top.
+        radius: The subject's radius, in pixels.
+        score: How well silhouette and colours explain the image, from 0 to 1.
+        present: Whether a subject was recognised. If not, subject, colour, x, y and radius have no
+            meaning.
     """
 
     subject: Int[np.ndarray, "n"]
@@ -60,88 +72,114 @@ class Reading(NamedTuple):
 def read_frame(
     frames: UInt8[np.ndarray, "n H W 3"], *, styles: Sequence[str] = STYLES[:1]
 ) -> Reading:
-    """What each frame shows, its style being one of `styles`."""
+    """Return what each frame shows.
+
+    Args:
+        frames: The frames.
+        styles: The styles that are possible. Others are not recognised.
+    """
     parts = [_read(frames[i : i + CHUNK], styles) for i in range(0, len(frames), CHUNK)]
     return Reading(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _read(frames: UInt8[np.ndarray, "n H W 3"], styles: Sequence[str]) -> Reading:
-    size = frames.shape[1]
+    may_be_lined = "line drawing" in styles
     pixels = frames.astype(np.float32)
-    n = len(frames)
-    style = np.zeros(n, int)
+    style = np.zeros(len(frames), int)
     if "pixel art" in styles:
         style[_has_cells(pixels)] = STYLES.index("pixel art")
     if "striped" in styles:
         strength = _stripes(pixels)
-        style[strength.max(axis=1) - strength.min(axis=1) > 0.15] = STYLES.index("striped")
-        striped = style == STYLES.index("striped")
-        shade = strength[striped] * (1 + STRIPE_SHADE) / 2
-        rows = (np.arange(size) * SIZE // size % STRIPE).astype(int)
-        pixels[striped] /= shade[:, rows, None, None]
+        striped = strength.max(axis=1) - strength.min(axis=1) > 0.15
+        style[striped] = STYLES.index("striped")
+        pixels[striped] = _without_stripes(pixels[striped], strength[striped])
+    is_striped = style == STYLES.index("striped")
 
-    may_be_lined = "line drawing" in styles
-    background, paled = _background(pixels, may_be_lined)
-    not_striped = style != STYLES.index("striped")
+    background, is_paler = _classify_background(pixels, may_be_lined)
+    lined = is_paler & ~is_striped
+    ends = _fit_background(pixels, background, lined)
+    far, _ = _distance(pixels, ends)
+    colour, near_colour = _classify_colour(pixels, far, np.where(lined, FILL_PALER, 0))
+    if may_be_lined:
+        # Snow is as white when it is paler. There the outline decides.
+        snow = background == list(BACKGROUNDS).index("snow")
+        lined = np.where(snow & ~is_striped, _has_outline(pixels, ends, colour), lined)
+        style[lined] = STYLES.index("line drawing")
+        ink = np.broadcast_to(np.array(INK, np.float32), (len(pixels), 2, 3))
+        near_ink, _ = _distance(pixels, ink)
+        near_colour = np.where(lined[:, None, None], np.minimum(near_colour, near_ink), near_colour)
+
+    subject, x, y, radius, fit = _fit_subject(
+        _silhouette(far, near_colour), np.where(lined, OUTLINE[1], 0.0).astype(np.float32)
+    )
+    explained = (np.minimum(far, near_colour) < FAR).mean(axis=(1, 2))
+    score = fit * explained * ((radius > SMALLEST) & (radius < LARGEST))
+    scale = frames.shape[1] / SIZE
+    place = x * scale, y * scale, radius * scale
+    return Reading(subject, colour, background, style, *place, score, score > PRESENT)
+
+
+def _without_stripes(pixels: Pixels, strength: Float32[np.ndarray, "n 4"]) -> Pixels:
+    """Return striped images with the dark rows made as light as the others."""
+    size = pixels.shape[1]
+    shade = strength * (1 + STRIPE_SHADE) / 2
+    rows = (np.arange(size) * SIZE // size % STRIPE).astype(int)
+    return pixels / shade[:, rows, None, None]
+
+
+def _fit_background(
+    pixels: Pixels, background: Int[np.ndarray, "n"], is_paler: Bool[np.ndarray, "n"]
+) -> Float32[np.ndarray, "n 2 3"]:
+    """Return the two colours between which each image's background varies.
+
+    A decoded image may have all its colours a little off. The background shows by how much.
+    """
     ends = np.array(list(BACKGROUNDS.values()), np.float32)[background]  # n 2 3
-    pale = (paled & not_striped)[:, None, None]
-    ends = np.where(pale, ends + PALER * (WHITE - ends), ends)
-    # Where the colours are a little off, all of them are: the background says by how much.
+    ends = np.where(is_paler[:, None, None], ends + PALER * (WHITE - ends), ends)
     _, gap = _distance(pixels, ends)
     near = ((gap**2).sum(-1) < FAR**2)[..., None]
     shift = (gap * near).sum(axis=(1, 2)) / np.maximum(near.sum(axis=(1, 2)), 1)
     ends += shift[:, None].astype(np.float32)
-    far, _ = _distance(pixels, ends)
+    return ends
 
-    palette = np.array(list(COLOURS.values()), np.float32)
-    lined = paled & not_striped
-    colour, near_colour = _colour(pixels, far, np.where(lined, FILL_PALER, 0), palette)
-    if may_be_lined:  # Snow is as white when paler: there the outline tells.
-        fill = palette[colour]
-        mixed, _ = _distance(pixels, np.stack([ends.mean(axis=1), fill], axis=1))
-        off = np.maximum(mixed - UNMIXED, 0).sum(axis=(1, 2)) / size
-        snow = background == list(BACKGROUNDS).index("snow")
-        lined = np.where(snow & not_striped, off > MUCH_INK, lined)
-        style[lined] = STYLES.index("line drawing")
-        ink, _ = _distance(pixels, np.broadcast_to(np.array(INK, np.float32), (n, 2, 3)))
-        near_colour = np.where(lined[:, None, None], np.minimum(near_colour, ink), near_colour)
 
+def _has_outline(
+    pixels: Pixels, ends: Float32[np.ndarray, "n 2 3"], colour: Int[np.ndarray, "n"]
+) -> Bool[np.ndarray, "n"]:
+    """Return whether many pixels are no mixture of the background and the subject's colour."""
+    fill = PALETTE[colour]
+    distance, _ = _distance(pixels, np.stack([ends.mean(axis=1), fill], axis=1))
+    unmixed = np.maximum(distance - UNMIXED, 0).sum(axis=(1, 2)) / pixels.shape[1]
+    return unmixed > MUCH_INK
+
+
+def _silhouette(far: Field, near_colour: Field) -> Field:
+    """Return the share of each pixel that the subject covers, from 0 to 1.
+
+    Args:
+        far: Distance of each pixel to the background's colours.
+        near_colour: Its distance to the subject's colour, or to its outline's.
+    """
     share = far / (far + near_colour + 1)
     share = np.clip((share - 0.2) / 0.6, 0, 1)
     share *= _blur(share) > 0.3
-    subject, x, y, radius, fit = _silhouette(
-        share, np.where(lined, OUTLINE[1], 0.0).astype(np.float32)
-    )
-    explained = (np.minimum(far, near_colour) < FAR).mean(axis=(1, 2))
-    score = fit * explained * ((radius > SMALLEST) & (radius < LARGEST))
-    scale = size / SIZE
-    return Reading(
-        subject,
-        colour,
-        background,
-        style,
-        x * scale,
-        y * scale,
-        radius * scale,
-        score,
-        score > PRESENT,
-    )
+    return share
 
 
 def _distance(pixels: Pixels, ends: Float32[np.ndarray, "n 2 3"]) -> tuple[Field, Pixels]:
-    """From each pixel to the line between two colours, and the vector from there."""
-    start, way = ends[:, None, None, 0], (ends[:, 1] - ends[:, 0])[:, None, None]
+    """Return each pixel's distance from the line between two colours, and the vector from there."""
+    start, direction = ends[:, None, None, 0], (ends[:, 1] - ends[:, 0])[:, None, None]
     gap = pixels - start
-    length = np.maximum((way**2).sum(-1), 1)
-    along = np.clip((gap * way).sum(-1) / length, 0, 1)
-    gap -= along[..., None] * way
+    length = np.maximum((direction**2).sum(-1), 1)
+    along = np.clip((gap * direction).sum(-1) / length, 0, 1)
+    gap -= along[..., None] * direction
     return np.sqrt((gap**2).sum(-1)), gap
 
 
-def _background(
+def _classify_background(
     pixels: Pixels, may_be_lined: bool
 ) -> tuple[Int[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
-    """Which background most pixels are nearest to, and whether to its paler form."""
+    """Return the background that most pixels are nearest to, and whether to its paler form."""
     n = len(pixels)
     ends = np.array(list(BACKGROUNDS.values()), np.float32)
     forms = np.stack([ends, ends + PALER * (WHITE - ends)] if may_be_lined else [ends])
@@ -156,16 +194,22 @@ def _background(
     return background, votes[np.arange(n), :, background].argmax(axis=1) == 1
 
 
-def _colour(
-    pixels: Pixels, far: Field, paler: np.ndarray, palette: Float32[np.ndarray, "k 3"]
+def _classify_colour(
+    pixels: Pixels, far: Field, paler: np.ndarray
 ) -> tuple[Int[np.ndarray, "n"], Field]:
-    """The colour which most of what is not background has, and each pixel's distance to it."""
-    inner = _blur(far)  # Edges, being mixtures, may look like yet another colour.
+    """Return the colour that most pixels off the background have, and their distances to it.
+
+    Args:
+        pixels: The images.
+        far: Distance of each pixel to the background's colours.
+        paler: For each image, how much paler than in `COLOURS` the colours are.
+    """
+    inner = _blur(far)  # edges are mixtures, which may look like a third colour
     weight = (inner / inner.max(axis=(1, 2), keepdims=True)) ** 3
     distances, votes = [], []
-    for colour in palette:
+    for colour in PALETTE:
         fill = colour + paler[:, None] * (WHITE - colour)
-        # As far as the sheen goes.
+        # The range of the sheen.
         ends = np.stack([0.85 * fill, np.minimum(1.15 * fill, 255)], axis=1).astype(np.float32)
         distances.append(_distance(pixels, ends)[0])
         votes.append((weight * np.exp(-((distances[-1] / FAR) ** 2))).sum((1, 2)))
@@ -173,24 +217,29 @@ def _colour(
     return colour, np.stack(distances)[colour, np.arange(len(pixels))]
 
 
-def _silhouette(share: Field, outline: Float32[np.ndarray, "n"]) -> tuple[np.ndarray, ...]:
-    """Subject, x, y, radius in units, and the overlap with that subject's own silhouette."""
+def _fit_subject(share: Field, outline: Float32[np.ndarray, "n"]) -> tuple[np.ndarray, ...]:
+    """Return subject, x, y and radius in units, and the overlap with that subject's silhouette.
+
+    Args:
+        share: The share of each pixel that the subject covers.
+        outline: Width of the outline outside the subject's edge, in units.
+    """
     n, size = share.shape[:2]
     middles = (np.arange(size) + 0.5) * (SIZE / size)
     least = min(area for area, _ in MEASURES.values())
     window = np.ones_like(share)
-    for _ in range(3):  # What lies far from the rest is none of it.
+    for _ in range(3):  # pixels far from the centre are not part of the subject
         kept = share * window
         area = np.maximum(kept.sum((1, 2)), 1e-3) * (SIZE / size) ** 2
         x = (kept.sum(1) * middles).sum(1) / area * (SIZE / size) ** 2
         y = (kept.sum(2) * middles).sum(1) / area * (SIZE / size) ** 2
         reach = (1.5 * np.sqrt(area / least) + 2)[:, None, None]
-        away = (middles - x[:, None])[:, None] ** 2 + (middles - y[:, None])[:, :, None] ** 2
-        window = away < reach**2
+        squared = (middles - x[:, None])[:, None] ** 2 + (middles - y[:, None])[:, :, None] ** 2
+        window = squared < reach**2
     total = share.sum((1, 2))
     fits, radii = [], []
     for index, name in enumerate(SUBJECTS):
-        # Of an outlined silhouette it is `one` r^2 + `edge` outline r = area.
+        # The area of an outlined silhouette is one r^2 + edge r.
         one, edge = MEASURES[name][0], MEASURES[name][1] * outline
         radius = (np.sqrt(edge**2 + 4 * one * area) - edge) / (2 * one)
         places = np.stack([x, y, radius], axis=1)
@@ -204,16 +253,16 @@ def _silhouette(share: Field, outline: Float32[np.ndarray, "n"]) -> tuple[np.nda
 
 
 def _blur(field: Field) -> Field:
-    """Means of 3 x 3 pixels."""
+    """Return the means of 3 x 3 pixels."""
     wide = np.pad(field, ((0, 0), (1, 1), (1, 1)), mode="edge")
     wide = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
     return (wide[..., :-2] + wide[..., 1:-1] + wide[..., 2:]) / 9
 
 
 def _has_cells(pixels: Pixels) -> Bool[np.ndarray, "n"]:
-    """Whether pixels differ less within the cells of pixel art than between them.
+    """Return whether pixels differ less within the cells of pixel art than between them.
 
-    Great steps count as middling ones, or a square's edges would do for a sign of cells.
+    Differences are limited, since otherwise a square's edges would look like edges of cells.
     """
     n, size = pixels.shape[:2]
     unit = size // SIZE
@@ -228,7 +277,7 @@ def _has_cells(pixels: Pixels) -> Bool[np.ndarray, "n"]:
 
 
 def _stripes(pixels: Pixels) -> Float32[np.ndarray, "n 4"]:
-    """How light the four rows of a stripe's period are, next to their mean."""
+    """Return the lightness of the four rows of a stripe's period, divided by their mean."""
     size = pixels.shape[1]
     light = pixels.mean(-1)
     light = light.reshape(len(light), SIZE, size // SIZE, size).mean(2)

@@ -1,7 +1,7 @@
-"""Scenes -> pictures, clips, and the truth about them.
+"""Draw scenes as images and clips, and give the ground truth.
 
-What ends up in a picture is computed with integers and with +, -, *, / and sqrt alone, which IEEE
-754 rounds in one way: a scene is the same picture on every machine.
+Images are computed with integers and with +, -, *, / and sqrt only. IEEE 754 defines how these are
+rounded, so a scene is the same image on every machine.
 """
 
 from collections.abc import Sequence
@@ -24,17 +24,17 @@ from tav_jax.worlds.tiny_scenes.world import (
     Scene,
 )
 
-OUTLINE = (0.4, 0.7)  # Of a line drawing: so far inside the edge, and outside.
+OUTLINE = (0.4, 0.7)  # width of a line drawing's outline inside and outside the edge
 INK = (24, 22, 26)
-PALER = 0.6  # How white its background gets, and
-FILL_PALER = 0.15  # its colours.
-STRIPE = 4.0  # Two light rows, two dark ones.
+PALER = 0.6  # how much whiter its background is
+FILL_PALER = 0.15  # how much whiter its subject is
+STRIPE = 4.0  # two light rows and two dark ones
 STRIPE_SHADE = 0.55
-CELL = 2.0  # Of pixel art.
-GRAIN = 7.0  # Standard deviation, in levels of 255.
-SHEEN = 0.12  # A subject is lighter at its upper left, by this part at a radius.
+CELL = 2.0  # side of pixel art's cells
+GRAIN = 7.0  # standard deviation, in levels of 255
+SHEEN = 0.12  # a subject is lighter at its upper left edge, by this part
 
-CHUNK = 64  # Pictures drawn at once: what fits a cache is drawn twice as fast.
+CHUNK = 64  # images that are drawn at once; what fits a cache is twice as fast
 
 Field = Float32[np.ndarray, "n H W"]
 Column = Float[np.ndarray, "n 1 1"]
@@ -49,12 +49,12 @@ class Truth(NamedTuple):
 
 
 def render(scene: Scene, frames: int, size: int = SIZE) -> UInt8[np.ndarray, "f H W 3"]:
-    """The scene's clip, from time 0 to time 1, both included."""
+    """Return a scene's clip, from time 0 to time 1, both included."""
     return render_batch([scene] * frames, np.linspace(0, 1, frames), size)
 
 
 def truth(scene: Scene, frames: int, size: int = SIZE) -> Truth:
-    """What is so in each frame of `render(scene, frames, size)`."""
+    """Return the ground truth of each frame of `render(scene, frames, size)`."""
     places = np.array([place(scene, time) for time in np.linspace(0, 1, frames)])
     index = np.full(frames, SUBJECTS.index(scene.subject))
     if scene.style == "pixel art":
@@ -67,34 +67,34 @@ def truth(scene: Scene, frames: int, size: int = SIZE) -> Truth:
 
 
 def place(scene: Scene, time: float) -> tuple[float, float, float]:
-    """The subject's x, y and radius."""
-    way, x, y, radius = scene.travel, scene.x, scene.y, scene.radius
+    """Return the subject's x, y and radius at a time from 0 to 1, in units."""
+    travel, x, y, radius = scene.travel, scene.x, scene.y, scene.radius
     match scene.motion:
         case "right":
-            x += way * time
+            x += travel * time
         case "left":
-            x -= way * time
+            x -= travel * time
         case "up":
-            y -= way * time
+            y -= travel * time
         case "falling":
-            y += way * time**2
-        case "bouncing":  # Twice.
+            y += travel * time**2
+        case "bouncing":  # twice
             part = 2 * time % 1
-            y -= way * 4 * part * (1 - part)
+            y -= travel * 4 * part * (1 - part)
         case "growing":
-            radius += way * time
-        case "circling":  # Once, clockwise from the top.
-            x += way * float(np.sin(2 * np.pi * time)) / 2
-            y += way * (1 - float(np.cos(2 * np.pi * time))) / 2
-    # Rounded, since sines differ in their last bit from machine to machine.
+            radius += travel * time
+        case "circling":  # once, clockwise from the top
+            x += travel * float(np.sin(2 * np.pi * time)) / 2
+            y += travel * (1 - float(np.cos(2 * np.pi * time))) / 2
+    # Rounded, because sines differ in their last bit between machines.
     return round(x * 1024) / 1024, round(y * 1024) / 1024, round(radius * 1024) / 1024
 
 
 def render_batch(
     scenes: Sequence[Scene], times: Float[np.ndarray, "n"], size: int = SIZE
 ) -> UInt8[np.ndarray, "n H W 3"]:
-    """One picture of each scene, at its time from 0 to 1."""
-    pictures = np.empty((len(scenes), size, size, 3), np.uint8)
+    """Return one image of each scene, at its time from 0 to 1."""
+    images = np.empty((len(scenes), size, size, 3), np.uint8)
     styles = np.array([scene.style for scene in scenes])
     for style in np.unique(styles).tolist():
         chosen = np.flatnonzero(styles == style)
@@ -102,22 +102,24 @@ def render_batch(
             part = chosen[i : i + CHUNK].tolist()
             few, moments = [scenes[j] for j in part], [float(times[j]) for j in part]
             if style == "pixel art":
-                pictures[part] = enlarge(_draw(few, moments, cells_of(size), style), size)
+                images[part] = enlarge(_draw(few, moments, cells_of(size), style), size)
             else:
-                pictures[part] = _draw(few, moments, size, style)
-    return pictures
+                images[part] = _draw(few, moments, size, style)
+    return images
 
 
 def cells_of(size: int) -> int:
+    """Return the number of pixel art's cells along a side of `size` pixels."""
     cells = round(SIZE / CELL)
     if size % cells:
         raise UserError(f"size is {size}; for pixel art it must be a multiple of {cells}")
     return cells
 
 
-def enlarge(pictures: np.ndarray, size: int) -> np.ndarray:
-    factor = size // pictures.shape[1]
-    return pictures.repeat(factor, axis=1).repeat(factor, axis=2)
+def enlarge(images: np.ndarray, size: int) -> np.ndarray:
+    """Return images enlarged by a whole factor to `size` pixels a side."""
+    factor = size // images.shape[1]
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def _draw(
@@ -130,13 +132,13 @@ def _draw(
     seeds = np.array([scene.seed for scene in scenes], np.uint32)
     colours = np.array([COLOURS[scene.colour] for scene in scenes], np.float32)[:, None, None]
 
-    picture = np.empty((len(scenes), size, size, 3), np.float32)
+    image = np.empty((len(scenes), size, size, 3), np.float32)
     for name in np.unique(grounds).tolist():
         chosen = np.flatnonzero(grounds == name)
         dark, light = np.array(BACKGROUNDS[name], np.float32)
-        picture[chosen] = dark + (light - dark) * _texture(name, seeds[chosen], size)[..., None]
+        image[chosen] = dark + (light - dark) * _texture(name, seeds[chosen], size)[..., None]
     if lined:
-        picture += np.float32(PALER) * (255 - picture)
+        image += np.float32(PALER) * (255 - image)
         colours = colours + np.float32(FILL_PALER) * (255 - colours)
 
     dx, dy = _offsets(places, size)
@@ -144,25 +146,25 @@ def _draw(
     filled = cover(subjects, places, size, -OUTLINE[0] if lined else 0.0, style == "pixel art")
     if lined:
         inked = cover(subjects, places, size, OUTLINE[1])[..., None]
-        picture += inked * (np.array(INK, np.float32) - picture)
-    # Bounded, since it is computed far outside the subject too.
+        image += inked * (np.array(INK, np.float32) - image)
+    # Bounded, because it is computed far outside the subject too.
     shaded = colours * (1 + np.clip(sheen, -0.2, 0.2))[..., None]
-    picture += filled[..., None] * (shaded - picture)
+    image += filled[..., None] * (shaded - image)
 
     if style == "striped":
         rows = np.arange(size) * SIZE // size % STRIPE >= STRIPE / 2
-        picture[:, rows] *= np.float32(STRIPE_SHADE)
-    # The subject's grain goes with it, the background's stands still.
+        image[:, rows] *= np.float32(STRIPE_SHADE)
+    # The subject's grain moves with it, and the background's does not move.
     steps = np.floor(places[:, :2] * size / SIZE).astype(np.int64)
     pixels = np.arange(size)
     still = _hash(seeds ^ 0x5BD1, pixels[None], pixels[None])
     taken = _hash(seeds ^ 0x27D4, pixels - steps[:, :1], pixels - steps[:, 1:])
-    picture += _grain(np.where(filled > 0.5, taken, still))
-    return np.rint(np.clip(picture, 0, 255)).astype(np.uint8)
+    image += _grain(np.where(filled > 0.5, taken, still))
+    return np.rint(np.clip(image, 0, 255)).astype(np.uint8)
 
 
 def _offsets(places: Float64[np.ndarray, "n 3"], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels' x [n 1 W] and y [n H 1] from the subject's centre, in units."""
+    """Return the pixels' x [n 1 W] and y [n H 1] from the subject's centre, in units."""
     middles = (np.arange(size) + 0.5) * (SIZE / size)
     offsets = (middles - places[:, :2, None]).astype(np.float32)
     return offsets[:, 0, None, :], offsets[:, 1, :, None]
@@ -175,7 +177,15 @@ def cover(
     grow: float | Column = 0.0,
     hard: bool = False,
 ) -> Field:
-    """How much of each pixel lies in the subject grown by so many units; 0 or 1 if `hard`."""
+    """Return the share of each pixel that a subject covers.
+
+    Args:
+        subjects: Index of each image's subject in `SUBJECTS`.
+        places: Its x, y and radius, in units.
+        size: Side of the images, in pixels.
+        grow: Units by which the subject is enlarged at its edge.
+        hard: Round the shares to 0 or 1.
+    """
     dx, dy = _offsets(places, size)
     radius = places[:, 2, None, None].astype(np.float32)
     distance = np.empty((len(places), size, size), np.float32)
@@ -187,7 +197,10 @@ def cover(
 
 
 def signed_distance(subject: str, dx: np.ndarray, dy: np.ndarray, radius: Column) -> Field:
-    """Units to the subject's edge, negative inside. Beyond corners it is the larger side's."""
+    """Return the distance to the subject's edge in units, negative inside.
+
+    Beyond corners it is the larger distance to the two sides.
+    """
     x, y = np.abs(dx), np.abs(dy)
     match subject:
         case "circle":
@@ -206,20 +219,20 @@ def signed_distance(subject: str, dx: np.ndarray, dy: np.ndarray, radius: Column
 
 
 def _texture(name: str, seeds: UInt32[np.ndarray, "n"], size: int) -> Field:
-    """0 where the background is darkest, 1 where it is lightest; a star is far beyond."""
+    """Return 0 where the background is darkest and 1 where it is lightest. Stars are beyond 1."""
     units = np.arange(size) * SIZE // size
     shifts = _hash(seeds, np.arange(SIZE)[None], np.zeros((1, 1), int))[:, 0]  # n 32
-    if name == "grass":  # Blades a unit wide and five high, that begin where they like.
+    if name == "grass":  # blades, a unit wide and five high, each with its own offset
         rows = (units[:, None] + (shifts >> 16)[:, None, units] % 5).astype(np.int64) // 5
         return _mix(rows * 0x9E37 + units + (shifts[:, :1, None] & 0xFFFF)).astype(
             np.float32
         ) / np.float32(2**32)
     middles = ((np.arange(size) + 0.5) * (SIZE / size)).astype(np.float32)
-    if name == "sand":  # Ripples, six units apart.
+    if name == "sand":  # ripples, six units apart
         phases = (shifts[:, :2] >> 8).astype(np.float32) / np.float32(2**24)
         bend = 3 * _wave(middles / 20 + phases[:, :1])
         return _wave((middles[:, None] + bend[:, None]) / 6 + phases[:, 1:, None])
-    if name == "snow":  # Soft drifts, eight units wide.
+    if name == "snow":  # soft drifts, eight units wide
         knots = np.arange(SIZE // 8 + 1)[None]
         drifts = (_hash(seeds, knots, knots) >> 8).astype(np.float32) / np.float32(2**24)
         knot, between = np.divmod(middles / 8, 1)
@@ -232,12 +245,12 @@ def _texture(name: str, seeds: UInt32[np.ndarray, "n"], size: int) -> Field:
 
 
 def _wave(x: np.ndarray) -> np.ndarray:
-    """A triangle wave between 0 and 1, of period 1."""
+    """Return a triangle wave between 0 and 1, of period 1."""
     return np.abs(2 * (x - np.floor(x)) - 1)
 
 
 def _grain(bits: UInt32[np.ndarray, "n H W"]) -> Float32[np.ndarray, "n H W 3"]:
-    """Noise mostly of lightness, a little of colour, nearly normal as a sum of four bytes."""
+    """Return noise, mostly in lightness, nearly normal because it is a sum of four bytes."""
     a, b, c, d = np.moveaxis(bits.astype("<u4")[..., None].view(np.uint8).astype(np.float32), -1, 0)
     byte = np.float32(GRAIN / (4 * (256**2 - 1) / 12) ** 0.5)
     light = (a + b + c + d - 510) * byte
@@ -245,13 +258,13 @@ def _grain(bits: UInt32[np.ndarray, "n H W"]) -> Float32[np.ndarray, "n H W 3"]:
 
 
 def _hash(seeds: np.ndarray, x: np.ndarray, y: np.ndarray) -> UInt32[np.ndarray, "n H W"]:
-    """Random bits of the pixel at x [n or 1, W] and y [n or 1, H], for each seed."""
+    """Return random bits for the pixel at x [n or 1, W] and y [n or 1, H], for each seed."""
     columns = _mix(x + seeds[:, None].astype(np.int64) * 0x3C6F)
     return _mix(columns[:, None] + y[:, :, None] * np.int64(0x85EBCA6B))
 
 
 def _mix(values: np.ndarray) -> UInt32[np.ndarray, "*shape"]:
-    """Chris Wellons' lowbias32 (github.com/skeeto/hash-prospector), of the lower 32 bits."""
+    """Return Chris Wellons' lowbias32 of the lower 32 bits (github.com/skeeto/hash-prospector)."""
     bits = values.astype(np.uint32)
     bits ^= bits >> 16
     bits *= np.uint32(0x7FEB352D)

@@ -1,4 +1,4 @@
-"""Prompts for a clip of the world, and what a picture must show to have followed them."""
+"""Prompts for a clip of the world, and what an image must show to follow them."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,9 +13,10 @@ class Edit:
     """A prompt and what it asks for.
 
     Args:
-        kind: "source" for the clip's own caption, "open" where words leave something open, else
-            what is changed: one of `ATTRIBUTES`, or "all" but the style.
-        asks: Of `ATTRIBUTES` those that the prompt names.
+        kind: "source" for the source prompt, "open" if the prompt leaves attributes open. Otherwise
+            the attribute that is changed, or "all" if subject, colour and background are.
+        prompt: The prompt.
+        asks: The attributes that the prompt names, by name in `ATTRIBUTES`.
     """
 
     kind: str
@@ -24,11 +25,12 @@ class Edit:
 
 
 def source_prompt(clip: Scene) -> str:
+    """Return the prompt that describes a clip."""
     return describe(clip)
 
 
 def edits_of(clip: Scene) -> list[Edit]:
-    """Returns the source prompt, eight edits that say everything, and three open prompts."""
+    """Return the source prompt, eight edits that name every attribute, and three open prompts."""
 
     def other(attribute: str, steps: int) -> str:
         values = TAUGHT[attribute]

@@ -1,6 +1,7 @@
-"""The world: what scenes there are, and what is said of them. `drawing` draws them.
+"""The world: its scenes, and the captions that describe them. `drawing` draws them.
 
-Lengths are in units, of which a picture has 32 a side at any size; (0, 0) is its top left corner.
+Lengths are in units. An image is 32 units wide and high at any size in pixels, and (0, 0) is its
+top left corner.
 """
 
 import math
@@ -30,7 +31,7 @@ BACKGROUNDS = {
     "night": ((8, 10, 30), (32, 34, 62)),
 }
 STYLES = ("plain", "line drawing", "pixel art", "striped")
-# What the base model learns of them: its autoencoder smooths the cells of pixel art away.
+# The styles that the base model learns. Its autoencoder would smooth the cells of pixel art away.
 TAUGHT_STYLES = ("plain", "line drawing", "striped")
 
 ATTRIBUTES = {
@@ -40,7 +41,7 @@ ATTRIBUTES = {
     "style": STYLES,
 }
 
-# The first phrase is the one in prompts; captions use the second now and then.
+# Prompts use the first phrase. Captions sometimes use the second.
 MOTIONS = {
     "still": ("resting", "standing still"),
     "right": ("moving right", "sliding right"),
@@ -51,7 +52,7 @@ MOTIONS = {
     "growing": ("growing", "growing"),
     "circling": ("circling", "circling"),
 }
-# Least and greatest x and y on the way, in lengths of `travel` from the start.
+# The trajectory's least and greatest x and y, in lengths of `travel` from the start.
 SPANS = {
     "still": (0, 0, 0, 0),
     "right": (0, 1, 0, 0),
@@ -63,7 +64,7 @@ SPANS = {
     "circling": (-0.5, 0.5, 0, 1),
 }
 
-# Each colour once, each subject at least once; never drawn with `held_out=False`.
+# Pairs that are never drawn with `held_out=False`: each colour once, each subject at least once.
 HELD_OUT = frozenset(
     {
         ("circle", "purple"),
@@ -75,10 +76,10 @@ HELD_OUT = frozenset(
     }
 )
 
-# In radii: half a square's side, a triangle's inradius, a cross's arm and half its width, and
-# within what part of it a ring is open. About equally much to see of each.
+# In radii: half a square's side, a triangle's inradius, a cross's arm and half its width, and the
+# inner radius of a ring. All subjects have about the same area.
 HALF_SIDE, INRADIUS, ARM, HALF_WIDTH, HOLE = 0.88, 0.66, 1.05, 0.35, 0.5
-# To the sides, upwards and downwards, in radii.
+# How far a subject reaches to the sides, upwards and downwards, in radii.
 EXTENTS = {
     "circle": (1.0, 1.0, 1.0),
     "square": (HALF_SIDE, HALF_SIDE, HALF_SIDE),
@@ -86,8 +87,8 @@ EXTENTS = {
     "cross": (ARM, ARM, ARM),
     "ring": (1.0, 1.0, 1.0),
 }
-MARGIN = 1.5  # Between a subject and the border; the tip of an outlined triangle is 1.4 off.
-# Area and length of all edges, of a subject of radius 1.
+MARGIN = 1.5  # between a subject and the border; an outlined triangle's tip needs 1.4
+# Area, and length of all edges, of a subject of radius 1.
 MEASURES = {
     "circle": (math.pi, 2 * math.pi),
     "square": (4 * HALF_SIDE**2, 8 * HALF_SIDE),
@@ -99,10 +100,20 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Scene:
-    """One subject on one background, and what it does from time 0 to time 1.
+    """One subject on one background, and its motion from time 0 to time 1.
 
-    `travel` is how far it goes: the diameter of a circling, the height of a bounce, and what the
-    radius gains when it is growing. `x` and `y` are its centre at time 0.
+    Args:
+        subject: One of `SUBJECTS`.
+        colour: One of `COLOURS`.
+        background: One of `BACKGROUNDS`.
+        style: One of `STYLES`.
+        motion: One of `MOTIONS`.
+        radius: The subject's radius at time 0.
+        x: Its centre at time 0, from the left.
+        y: Its centre at time 0, from the top.
+        travel: How far it moves. For "circling" the circle's diameter, for "bouncing" the height,
+            for "growing" the increase of the radius.
+        seed: Seed of texture and grain.
     """
 
     subject: str
@@ -143,11 +154,14 @@ def sample_scenes(
     styles: Sequence[str] = STYLES[:1],
     motions: Sequence[str] = tuple(MOTIONS),
 ) -> list[Scene]:
-    """Scenes whose subject stays within the picture from time 0 to 1.
+    """Return random scenes whose subject stays within the image from time 0 to 1.
 
     Args:
-      held_out: False for no pair of `HELD_OUT`, True for only those, None for any pair.
-      styles: equal shares of each; by default "plain" alone.
+        rng: Source of randomness.
+        n: Number of scenes.
+        held_out: False for no pair of `HELD_OUT`, True for only those, None for any pair.
+        styles: The styles to choose from.
+        motions: The motions to choose from.
     """
     pairs = [
         (subject, colour)
@@ -202,11 +216,16 @@ def describe(
     phrase: int = 0,
     link: str = "",
 ) -> str:
-    """The prompt of a scene; what is switched off is left open ("a circle is moving right").
+    """Return the prompt of a scene. It leaves open what is switched off.
 
     Args:
-      phrase: which of the motion's phrases.
-      link: before the background when nothing is said of the motion: " is", or nothing.
+        scene: The scene.
+        subject: Name the subject. Otherwise it is "a shape".
+        colour: Name the colour.
+        motion: Name the motion.
+        background: Name the background.
+        phrase: Index of the motion's phrase.
+        link: Stands before the background if the motion is not named: " is", or nothing.
     """
     words = f"a {scene.colour if colour else ''} {scene.subject if subject else 'shape'}"
     words += f" is {MOTIONS[scene.motion][phrase]}" if motion else link
@@ -216,7 +235,7 @@ def describe(
     return " ".join(words.split()) + style
 
 
-# How often a caption says: colour, subject, motion, background.
+# How often a caption names these: colour, subject, motion, background.
 FORMS = {
     (True, True, True, True): 0.42,
     (True, True, False, True): 0.16,
@@ -242,7 +261,7 @@ WORDS = tuple(
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A true sentence about any frame of the scene, full or open, by the shares of `FORMS`."""
+    """Return a random caption that is true of any frame of the scene, as often as `FORMS` says."""
     form, phrase, link = rng.random(3).tolist()
     colour, subject, motion, background = list(FORMS)[min(bisect(_UP_TO, form), len(FORMS) - 1)]
     return describe(
