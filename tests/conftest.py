@@ -1,6 +1,9 @@
 """Fixtures for all tests: keys, and small networks in which nothing is zero by accident."""
 
 import atexit
+import contextlib
+import ctypes
+import gc
 import math
 import os
 import shutil
@@ -108,6 +111,16 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_memory():
+    """Drops compiled programs after each file. Otherwise a worker would keep gigabytes of them."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture

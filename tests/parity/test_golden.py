@@ -24,11 +24,16 @@ def failures(reference, names):
     return [row for name in names or cases for row in cases[name](reference) if not row.passed]
 
 
-@pytest.mark.parametrize("attention", ["einsum", "by_head", "chunked"])
-def test_every_case_passes_with_every_implementation_of_attention(monkeypatch, attention):
+# Every implementation and every preset, and not each with each: a case takes minutes to compile.
+# `tests/golden.py` by itself has "auto" and "none".
+@pytest.mark.parametrize(
+    ("attention", "preset"), [("einsum", "none"), ("by_head", "blocks"), ("chunked", "full")]
+)
+def test_every_case_passes_with_every_implementation_and_preset(monkeypatch, attention, preset):
     # So that grids of 64 tokens go in blocks of 16.
     monkeypatch.setattr(chunked, "BLOCK_SCORES", 16 * 16 * 16)
-    assert failures(golden.GoldenSet(FOLDER, attention=attention), None) == []
+    reference = golden.GoldenSet(FOLDER, attention=attention, gradient_checkpointing=preset)
+    assert failures(reference, None) == []
 
 
 def test_single_calls_and_tuning_pass_with_the_kernel_for_tpus(monkeypatch):
@@ -37,12 +42,6 @@ def test_single_calls_and_tuning_pass_with_the_kernel_for_tpus(monkeypatch):
     monkeypatch.setattr("tav_jax.models.attention.dispatch.platform", lambda: "tpu")
     reference = golden.GoldenSet(FOLDER, attention="fused")
     assert failures(reference, ["unet3d_tuned.3f_batch2", "tune"]) == []
-
-
-@pytest.mark.parametrize("preset", ["blocks", "full"])
-def test_tuning_passes_with_every_preset_of_gradient_checkpointing(preset):
-    reference = golden.GoldenSet(FOLDER, gradient_checkpointing=preset)
-    assert failures(reference, ["tune"]) == []
 
 
 # How far bfloat16 is from the float32 reference, relative, by the beginning of a row's name. A
