@@ -1,4 +1,4 @@
-"""Plans of batch sampling, YAML or CSV, in the form that `launch/batch_sample.py` describes."""
+"""Plans of batch sampling, as YAML or CSV. `python -m tav_jax.batch --help` describes the form."""
 
 import csv
 import itertools
@@ -19,7 +19,7 @@ from tav_jax.runs.sampling_settings import Eta, GuidanceScale, NumSteps, Seed
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Item:
-    """One video of a plan; what is None is as the run has it."""
+    """One video of a plan. What is None is taken from the run."""
 
     run: str
     prompt: str
@@ -47,7 +47,7 @@ def read_plan(path: Path) -> list[Item]:
     """Return the videos that a plan asks for.
 
     Raises:
-        UserError: the file is no plan; every offending line or key is listed.
+        UserError: The file is not a plan; every offending line or key is listed.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -95,10 +95,10 @@ def _yaml_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def plan_jobs(items: Sequence[Item]) -> list[Job]:
-    """Return what is to be sampled from each run, all looked at and nothing changed.
+    """Return what is to be sampled from each run. All runs are checked and nothing is written.
 
     Raises:
-        UserError: runs are missing, or videos of other settings are there; lists all.
+        UserError: Runs are missing, or videos with other settings exist; all are listed.
     """
     by_run: dict[Path, list[Item]] = {}
     for item in items:  # a run may be named in several ways

@@ -1,4 +1,4 @@
-"""Several batch workers on this host, each a process with a GPU of its own if there are any."""
+"""Run several batch workers on this host. Each is a process, with its own GPU if there are any."""
 
 import os
 import signal
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from tav_jax.console import say
 from tav_jax.errors import UserError
 
-# Seconds that an interrupted worker has to end. It notices nothing while a compiled program runs.
-# The next worker removes what a killed one leaves.
+# Seconds that an interrupted worker has to end. While a compiled program runs it cannot react. Then
+# it is killed, and the next worker removes its partial files.
 GRACE = 5
 
 
 def devices_here() -> tuple[str, int]:
-    """Return JAX's platform and how many devices it has in this host."""
-    # In a process of its own, since whoever asks JAX for the devices has them from then on.
+    """Return JAX's platform and its number of devices on this host."""
+    # In another process, because the process that asks JAX for the devices also takes them.
     question = "import jax; print(jax.default_backend(), jax.local_device_count())"
     asked = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True)
     if asked.returncode:
@@ -26,10 +26,10 @@ def devices_here() -> tuple[str, int]:
 
 
 def worker_environments(workers: int, platform: str, count: int) -> list[dict[str, str]]:
-    """Return what each worker's environment has beyond ours: a GPU of its own, if there are any.
+    """Return the variables that give each worker its own GPU, if there are any.
 
     Raises:
-        UserError: there are fewer of these devices than workers.
+        UserError: There are fewer devices than workers, or they cannot be shared.
     """
     if platform == "cpu":
         return [{}] * workers
@@ -45,9 +45,9 @@ def worker_environments(workers: int, platform: str, count: int) -> list[dict[st
 
 
 def run_workers(arguments: Sequence[str], environments: Sequence[dict[str, str]]) -> list[str]:
-    """Run a worker in each environment until all have ended; says how those that failed did.
+    """Run a worker in each environment until all have ended. Return how the failed ones ended.
 
-    Ctrl-C, or the end of this process by SIGTERM, ends all of them.
+    Ctrl-C or SIGTERM to this process ends all workers.
     """
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
     workers: list[subprocess.Popen] = []
@@ -56,7 +56,7 @@ def run_workers(arguments: Sequence[str], environments: Sequence[dict[str, str]]
             worker = subprocess.Popen(
                 [sys.executable, "-m", "tav_jax.batch", *arguments],
                 env=os.environ | environment,
-                process_group=0,  # a terminal's Ctrl-C comes by way of us, and once
+                process_group=0,  # so a terminal's Ctrl-C reaches it once, through us
             )
             workers.append(worker)
             say(f"worker {number} is process {worker.pid}")

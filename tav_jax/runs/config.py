@@ -1,4 +1,4 @@
-"""A run's settings: frozen dataclasses <-> YAML, with the keys of the original release."""
+"""A run's settings, as dataclasses and as YAML with the keys of the original release."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ from tav_jax.runs.sampling_settings import Eta, GuidanceScale, NumSteps, Seed
 from tav_jax.settings import flatten, merge_trees, override, parse, read_tree, read_yaml, to_plain
 from tav_jax.training.optimizer import TRAINABLE_MODULES, LRScheduler
 
-SIZE_FACTOR = 8  # sides must be multiples of it, as the published pipeline demands
+SIZE_FACTOR = 8  # sides must be multiples of this, as in the published pipeline
 
-# Keys of the original release that have nothing to do here, with the reason.
+# Keys of the original release that have no effect here, with the reason.
 MEANINGLESS_KEYS = {
     "use_8bit_adam": "Adam's moments are kept in float32, for the trained leaves alone",
-    "enable_xformers_memory_efficient_attention": "see the key attention, which chooses by itself",
+    "enable_xformers_memory_efficient_attention": "the key attention chooses the implementation",
 }
 
 
@@ -41,13 +41,13 @@ Precision = Annotated[
     Literal["no", "bf16", "fp16"],
     BeforeValidator(lambda value: "no" if value in (False, None) else value),
 ]
-# The original has a switch, and on meant what "blocks" does.
+# In the original it is true or false, and true means "blocks".
 Checkpointing = Annotated[
     Literal["auto", "none", "blocks", "full"],
     BeforeValidator(lambda value: ("none", "blocks")[value] if isinstance(value, bool) else value),
 ]
 
-# Keys that change how a run is computed and not what: it may go on with others.
+# Keys that change how a run is computed, but not its result. A run may resume with other values.
 EXECUTION_KEYS = (
     *("attention", "gradient_checkpointing", "memory_limit_gb"),
     *("mesh.data", "mesh.frames", "mesh.fsdp"),
@@ -60,9 +60,15 @@ class TrainData:
 
     Args:
         video_path: A video file, or a folder of images.
-        sampling: "rate": every `sample_frame_rate`-th frame from `sample_start_idx`;
-            "uniform": evenly from there to the clip's end.
-        fit: "stretch" to width x height, as the original does, or "crop" the centre.
+        prompt: What the clip shows.
+        n_sample_frames: Number of frames.
+        width: Width of the frames, in pixels.
+        height: Height of the frames, in pixels.
+        sample_start_idx: Index of the first frame.
+        sample_frame_rate: Distance between frames: 2 takes every second one.
+        sampling: "rate" takes every `sample_frame_rate`-th frame. "uniform" spreads the frames
+            evenly from `sample_start_idx` to the clip's end.
+        fit: "stretch" ignores the aspect ratio, as the original does. "crop" takes the centre.
     """
 
     video_path: str
@@ -78,15 +84,24 @@ class TrainData:
 
 @dataclass(frozen=True, config=_strict)
 class ValidationData:
-    """What is sampled every `validation_steps`, and by default from the finished run.
+    """What is sampled every `validation_steps`, and the defaults of the sample command.
 
     Args:
-        video_length: Frames, as `width` and `height` by default those of the training clip, and
-            necessarily so with `use_inv_latent`.
-        use_inv_latent: Start from the inverted clip; otherwise from noise drawn from the seed.
-        sampler: "dpm_solver", DPM-Solver++(2M), needs some 20 steps where DDIM needs 50.
-        eta: Noise of each DDIM step.
-        fps: Of the written videos, frames a second.
+        prompts: What the edited videos are to show.
+        negative_prompt: What they are not to show.
+        video_length: Number of frames. Like `width` and `height` it is by default that of the
+            training clip. With `use_inv_latent` it cannot be another.
+        width: Width of the videos, in pixels.
+        height: Height of the videos, in pixels.
+        num_inference_steps: Number of sampling steps.
+        sampler: "ddim", or "dpm_solver" for DPM-Solver++(2M), which needs some 20 steps where DDIM
+            needs 50.
+        guidance_scale: Weight of the guidance. At 1 or below there is none.
+        eta: Share of noise in each DDIM step, from 0 to 1.
+        use_inv_latent: Start from the inverted clip. Otherwise start from random noise.
+        num_inv_steps: Number of inversion steps.
+        video_format: "mp4" or "gif".
+        fps: Frames per second of the written videos.
     """
 
     prompts: tuple[str, ...] = ()
@@ -109,12 +124,13 @@ AxisSize = PositiveInt | Literal[-1]
 
 @dataclass(frozen=True, config=_strict)
 class MeshSizes:
-    """How many devices lie along each axis; one may be -1, "all the rest".
+    """Number of devices along each axis of the mesh. One may be -1: all the remaining devices.
 
     Args:
-        data: Prompts and seeds of a batch of samples, draws of a training batch.
-        frames: The clip's frames, with `fsdp` together; they must divide evenly.
-        fsdp: Frames too, and large parameters are stored in so many parts.
+        data: Devices over which a batch is sharded: prompts and seeds, or draws when tuning.
+        frames: Devices over which the clip's frames are sharded, together with `fsdp`. The product
+            of the two must divide the number of frames.
+        fsdp: Devices over which the frames and all large parameters are sharded.
     """
 
     data: AxisSize = 1
@@ -127,21 +143,39 @@ class TuneConfig:
     """One tuning run, with the original's names and defaults.
 
     Args:
-        train_batch_size: Draws of noise and timestep in a step's batch. (The original's loader
-            holds one clip, so that a number above 1 had no effect there.)
-        max_train_steps: Updates; an update has `gradient_accumulation_steps` batches.
-        validation_steps, checkpointing_steps: Updates between; the last update always counts.
-        resume_from_checkpoint: A `checkpoints/<step>` folder of another run to start from. The
-            same command run again goes on from its own latest one without being told.
-        mixed_precision: "bf16" computes, and stores frozen leaves, in bfloat16; "fp16" means the
-            same here, since JAX's devices have bfloat16, which needs no loss scaling.
-        attention_scope: What a frame's self-attention looks at.
-        attention: How attention is computed: "einsum", "chunked", "fused" or, by layer, "auto".
-        gradient_checkpointing: What is kept for the backward pass: all ("none"), inputs of
-            "blocks", or fewer still ("full"); "auto" takes the first that fits.
-        memory_limit_gb: Of device memory, in 10^9 bytes; by default all that JAX may use.
-        mesh: How the work is spread over devices.
-        revision, variant: Of a model on the Hub, of its weight files.
+        pretrained_model_path: The base model: a folder, a shipped model's name or a Hub id.
+        output_dir: The run's folder.
+        train_data: The clip.
+        validation_data: What is sampled.
+        validation_steps: Updates between validations. The last update is always validated.
+        trainable_modules: The ends of the names of the modules to train.
+        train_batch_size: Draws of noise and timestep in a batch. (In the original a number above 1
+            has no effect, because its loader has one clip.)
+        max_train_steps: Number of updates. Each has `gradient_accumulation_steps` batches.
+        learning_rate: Peak learning rate of AdamW.
+        scale_lr: Multiply the learning rate by the number of draws in an update.
+        lr_scheduler: How the learning rate changes, by the names of diffusers.
+        lr_warmup_steps: Updates in which the learning rate rises from 0.
+        adam_beta1: Decay of Adam's first moment.
+        adam_beta2: Decay of Adam's second moment.
+        adam_weight_decay: Weight decay.
+        adam_epsilon: Adam's epsilon.
+        max_grad_norm: The gradient is clipped to this norm.
+        gradient_accumulation_steps: Batches over which an update's gradient is a mean.
+        attention: Implementation of attention; "auto" chooses one for each layer.
+        gradient_checkpointing: What is kept for the backward pass: everything ("none"), the inputs
+            of blocks ("blocks"), or less ("full"). "auto" takes the first that fits in memory.
+        memory_limit_gb: Device memory that may be used, in 10^9 bytes. By default all that JAX has.
+        checkpointing_steps: Updates between checkpoints. The last update always has one.
+        resume_from_checkpoint: A folder `checkpoints/<step>` of another run to start from. A run
+            resumes from its own newest checkpoint without this key.
+        mixed_precision: "no" for float32. "bf16" computes, and stores frozen parameters, in
+            bfloat16. "fp16" means bfloat16 too, which needs no loss scaling.
+        seed: Seed of all randomness.
+        attention_scope: The frames that spatial self-attention looks at.
+        mesh: How the work is sharded over devices.
+        revision: Branch, tag or commit of a model on the Hub.
+        variant: Variant of its weight files, such as "fp16".
     """
 
     pretrained_model_path: str
@@ -268,17 +302,17 @@ def _config_and_notes(tree: dict[str, Any], where: str) -> tuple[TuneConfig, lis
 
 
 def parse_config(tree: dict[str, Any], where: str = "config") -> TuneConfig:
-    """Return settings from nested dictionaries; raises as `load_config` does."""
+    """Return settings from nested dictionaries. Errors are those of `load_config`."""
     return parse(TuneConfig, tree, where)
 
 
 def parse_mesh(text: str) -> MeshSizes:
-    """Return sizes from `data=1,frames=4`; raises as `load_config` does."""
+    """Return sizes from text such as `data=1,frames=4`. Errors are those of `load_config`."""
     return parse(MeshSizes, override({}, text.split(",")), "--mesh")
 
 
 def with_absolute_paths(config: TuneConfig) -> TuneConfig:
-    """Return the same settings, to be read from any working directory."""
+    """Return the same settings with absolute paths, valid in any working directory."""
 
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().absolute())
@@ -286,7 +320,7 @@ def with_absolute_paths(config: TuneConfig) -> TuneConfig:
     model, checkpoint = config.pretrained_model_path, config.resume_from_checkpoint
     return replace(
         config,
-        # What is no folder is an id on the Hub.
+        # If it is not a folder it is a name or a Hub id.
         pretrained_model_path=absolute(model) if Path(model).expanduser().is_dir() else model,
         output_dir=absolute(config.output_dir),
         train_data=replace(config.train_data, video_path=absolute(config.train_data.video_path)),
@@ -300,7 +334,7 @@ def dump_config(config: TuneConfig) -> str:
 
 
 def differences(ours: TuneConfig, theirs: TuneConfig) -> list[str]:
-    """Return the keys in which two runs differ, with both values, but for `EXECUTION_KEYS`."""
+    """Return the keys in which two runs differ, with both values. Skip `EXECUTION_KEYS`."""
     mine, other = flatten(asdict(ours)), flatten(asdict(theirs))
     return [
         f"{key}: {other[key]!r} there, {value!r} here"

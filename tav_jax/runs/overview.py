@@ -38,7 +38,7 @@ def sheet_of(folder: Path) -> Path:
 
 
 def has_overview(folder: Path) -> bool:
-    """Tells whether a folder has a contact sheet that is newer than each of its samples."""
+    """Tell whether a folder has a contact sheet that is newer than each of its samples."""
     sheet = sheet_of(folder)
     return sheet.is_file() and all(
         video.stat().st_mtime_ns < sheet.stat().st_mtime_ns

@@ -28,10 +28,14 @@ from tav_jax.video.read import read_frames
 
 
 class Run:
-    """A run's folder with its settings. Making the value creates nothing on disk.
+    """A run's folder with its settings. The constructor writes nothing.
 
-    The clip is read once, encoded once and inverted once per checkpoint and number of steps, and
-    then kept in memory.
+    The clip is read once and encoded once. It is inverted once for each checkpoint and number of
+    steps. The results are kept in memory.
+
+    Args:
+        folder: The run's folder, which need not exist.
+        config: The run's settings.
     """
 
     def __init__(self, folder: str | Path, config: TuneConfig):
@@ -43,8 +47,6 @@ class Run:
         self._clip: UInt8[np.ndarray, "f H W 3"] | None = None
         self._moments: Moments | None = None
         self._inverted: dict[tuple[int, int], Latents] = {}
-
-    # Where its files are.
 
     def checkpoint(self, step: int) -> Path:
         """Return the folder of a checkpoint."""
@@ -58,15 +60,13 @@ class Run:
         """Return the folder of the samples from a checkpoint."""
         return self.folder / "samples" / f"sample-{step}"
 
-    # Beginning and opening.
-
     @classmethod
     def create(cls, config: TuneConfig) -> "Run":
-        """Return a new run, or one to be resumed. Nothing is written before `record_config`.
+        """Return a run that is new or can be resumed. `record_config` is the first to write.
 
         Raises:
-            UserError: the folder is a run of other settings, which are listed, or something else,
-                or cannot be written to.
+            UserError: The folder holds a run with other settings, which are listed. Or it holds
+                something else, or is not writable.
         """
         run = cls(config.output_dir, config)
         if run.config_file.is_file():
@@ -80,7 +80,7 @@ class Run:
                 )
         elif run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
             raise UserError(
-                f"output_dir: {run.folder} exists and is no run of tav_jax.tune; name another"
+                f"output_dir: {run.folder} exists and is not a run of tav_jax.tune; name another"
             )
         if parent := first_unwritable_parent(run.folder):
             raise UserError(f"output_dir: {parent} is not writable; name another")
@@ -88,11 +88,11 @@ class Run:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
-        """Return a run that `tune` has begun.
+        """Return a run that `tune` has started.
 
         Raises:
-            MissingFileError: it is no run's folder.
-            UserError: its config.yaml is damaged.
+            MissingFileError: The folder is not a run's.
+            UserError: Its config.yaml is damaged.
         """
         run_config = Path(folder) / "config.yaml"
         if not run_config.is_file():
@@ -134,10 +134,8 @@ class Run:
         frames = math.gcd(train.n_sample_frames, validation.video_length or 0)
         return make_mesh(asdict(self.config.mesh), frames=frames)
 
-    # What is loaded and computed.
-
     def load_base(self) -> Model:
-        """Return the model that the run starts from, on the mesh, its trained leaves in float32."""
+        """Return the base model, sharded over the mesh, with trained parameters in float32."""
         config = self.config
         model = load_model(
             config.pretrained_model_path,
@@ -153,7 +151,7 @@ class Run:
         return replace(model, unet=unet, vae=vae, text_encoder=text_encoder)
 
     def load_model(self, step: int) -> Model:
-        """Return the model that the run had at a checkpoint."""
+        """Return the tuned model of a checkpoint."""
         model = self.load_base()
         params = model.unet.params
         labels = label_params(params, self.config.trainable_modules)
@@ -161,7 +159,7 @@ class Run:
         return model.with_unet(model.unet.with_params(params | trained))
 
     def clip(self) -> UInt8[np.ndarray, "f H W 3"]:
-        """Return the frames that the run tunes on; raises as `read_frames` does."""
+        """Return the frames that the run tunes on. Errors are those of `read_frames`."""
         if self._clip is None:
             data = self.config.train_data
             self._clip = read_frames(
@@ -177,7 +175,7 @@ class Run:
         return self._clip
 
     def encoded_clip(self, model: Model) -> Moments:
-        """Return the posterior of the clip. The autoencoder is frozen, so any checkpoint's does."""
+        """Return the posterior of the clip. It is the same for all checkpoints."""
         if self._moments is None:
             self._moments = jax.block_until_ready(encode_frames(model, self.clip()))
         return self._moments
@@ -190,15 +188,15 @@ class Run:
         *,
         alone: Callable[[Path], AbstractContextManager[Any]] = nullcontext,
     ) -> Latents:
-        """Return the clip's noise under the model of a checkpoint, from disk if it is there.
+        """Return the noise from which a checkpoint's model would sample the clip.
 
-        Only the run's own `num_inv_steps` is kept on disk.
+        For the run's own `num_inv_steps` it is kept on disk, and read from there if it exists.
 
         Args:
             model: The run's model at `step`.
             step: The checkpoint.
-            num_inv_steps: Steps of DDIM inversion.
-            alone: Gives a context within which no other process makes the file.
+            num_inv_steps: Number of steps of DDIM inversion.
+            alone: Returns a context in which no other process writes the given file.
         """
         if (step, num_inv_steps) not in self._inverted:
             on_disk = num_inv_steps == self.config.validation_data.num_inv_steps

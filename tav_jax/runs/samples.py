@@ -1,4 +1,4 @@
-"""Samples: what decides each video of a run, what is there already, and how they are written."""
+"""Samples: the settings that determine a video, its file name, and whether it exists."""
 
 import hashlib
 import json
@@ -20,19 +20,25 @@ from tav_jax.runs.run import Run
 Frames = UInt8[np.ndarray, "f H W 3"]
 
 
-# File names, without suffix, that no prompt may take.
+# File names, without suffix, that are not given to samples.
 SHEET, BESIDE = "contact-sheet", "side-by-side"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Everything that decides one video's pixels, given a run; written beside it as JSON.
+    """All settings that determine a video of a run. They are written beside it as JSON.
 
     Args:
-        step: Checkpoint of the run.
-        seed: Of the noise that is drawn, if any is.
-        num_inv_steps: Of the inversion that gives the starting noise; None for random noise.
-        name_seed: Whether the file is named after the seed as well as the prompt.
+        prompt: What the video is to show.
+        step: The run's checkpoint.
+        seed: Seed of the noise, if any is drawn.
+        negative_prompt: What the video is not to show.
+        guidance_scale: Weight of the guidance.
+        num_inference_steps: Number of sampling steps.
+        eta: Share of noise in each DDIM step.
+        num_inv_steps: Number of inversion steps, or None to start from random noise.
+        name_seed: Whether the file's name has the seed, too.
+        sampler: "ddim" or "dpm_solver".
     """
 
     prompt: str
@@ -62,7 +68,7 @@ class Sample:
 
 
 def default_sample(config: TuneConfig, step: int) -> Sample:
-    """Return what a run's own settings say about sampling, for a prompt yet to be named."""
+    """Return a sample with a run's own settings and an empty prompt."""
     validation = config.validation_data
     return Sample(
         prompt="",
@@ -78,7 +84,7 @@ def default_sample(config: TuneConfig, step: int) -> Sample:
 
 
 def sample_size(config: TuneConfig) -> tuple[int, int, int]:
-    """Return frames, height and width of what a run samples."""
+    """Return number of frames, height and width of a run's samples."""
     train, validation = config.train_data, config.validation_data
     return (
         validation.video_length or train.n_sample_frames,
@@ -88,16 +94,16 @@ def sample_size(config: TuneConfig) -> tuple[int, int, int]:
 
 
 def is_done(sample: Sample, folder: Path, video_format: str) -> bool:
-    """Tells whether a sample's video is there already.
+    """Tell whether a sample's video exists.
 
     Raises:
-        ExistingFileError: a video of that name is there which other settings made.
+        ExistingFileError: A video of that name exists, but was made with other settings.
     """
     video, record = (folder / f"{sample.stem}.{suffix}" for suffix in (video_format, "json"))
     if not video.exists():
         return False
     made = json.loads(record.read_text()) if record.is_file() else {}
-    made = {"sampler": "ddim"} | made  # records of before there was a choice do not say
+    made = {"sampler": "ddim"} | made  # older records have no sampler
     if differing := _differing(made, sample):
         values = "; ".join(f"{name} {a!r} there, {b!r} here" for name, a, b in differing)
         raise ExistingFileError(
@@ -125,7 +131,15 @@ def group_by_batch_key(samples: Sequence[Sample]) -> list[list[Sample]]:
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is to sample, checked against what it has."""
+    """What is to be sampled from a run.
+
+    Args:
+        run: The run.
+        step: Its checkpoint.
+        folder: Takes the videos.
+        samples: All samples that were asked for.
+        wanted: Those whose videos do not exist, or are to be overwritten.
+    """
 
     run: Run
     step: int

@@ -544,7 +544,7 @@ WRONG_INPUT = [
         ["seed=34", "output_dir={finished}"], ["a run of other settings", "output_dir"], id="run"
     ),
     pytest.param(
-        ["output_dir={tmp}/used"], ["used exists and is no run of tav_jax.tune"], id="folder"
+        ["output_dir={tmp}/used"], ["used exists and is not a run of tav_jax.tune"], id="folder"
     ),
     pytest.param(["output_dir={tmp}/notes.mp4"], ["notes.mp4 exists and is no run"], id="a file"),
     pytest.param(
