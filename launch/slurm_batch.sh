@@ -4,7 +4,7 @@
 #   sbatch --ntasks=64 launch/slurm_batch.sh plan.yaml
 # Submit it from the project's folder, which all nodes must share. Make the environment before:
 #   python3 -m venv .venv && .venv/bin/pip install --editable '.[cuda12]'
-# The top of launch/batch_sample.py describes the plan's format. The workers share the plan and need
+# `python -m tav_jax.batch --help` describes the plan's format. The workers share the plan and need
 # not start or end together. Several such jobs may run at once; a second run makes what is missing.
 # Time: the videos, times that of one, by the number of GPUs.
 #SBATCH --job-name=tav_jax-batch

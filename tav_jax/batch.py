@@ -13,16 +13,35 @@ from tav_jax.runs.batch_processes import devices_here, run_workers, worker_envir
 from tav_jax.runs.batch_work import missing_samples, read_manifest, work, write_manifest
 from tav_jax.runs.render import warn_unused_seeds
 
-# The command line.
+PLAN_FORMAT = """\
+A plan in YAML asks for every prompt and seed of every run:
+
+    runs: [outputs/man-skiing, outputs/car-turn]
+    prompts: ["a panda, cartoon style", "at sunset"]
+    seeds: [0, 1]            # optional; by default each run's own seed
+    guidance_scale: 12.5     # optional, like negative_prompt, num_inference_steps,
+    eta: 1.0                 # num_inv_steps, sampler, and use_inv_latent: false for random noise
+
+A plan in CSV asks for one video per line. It has the columns run and prompt, and any of seed and
+the settings above.
+
+examples:
+    python -m tav_jax.batch plan.yaml                  # one process
+    python -m tav_jax.batch plan.yaml --workers 8      # eight, each with its own GPU of this host
+    srun --ntasks 32 --gpus-per-task 1 python -m tav_jax.batch plan.yaml       # several hosts
+
+Each process takes one GPU, one chip of a TPU host, or the CPU, and loads each run's model once.
+PLAN.manifest.jsonl has a line for each video: run, settings, path, bytes, SHA-256.
+"""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python launch/batch_sample.py",
-        description="Sample a plan of runs x prompts x seeds, skipping the videos that exist. Any "
-        "number of processes may do so at once, also on several hosts that share the runs.",
-        epilog="example: python launch/batch_sample.py plan.yaml; the plan's form stands at the "
-        "top of this script",
+        prog="python -m tav_jax.batch",
+        description="Sample a plan of runs, prompts and seeds. Videos that exist are skipped.\n"
+        "Several processes may share a plan, also on several hosts that share the runs' folders.",
+        epilog=PLAN_FORMAT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("plan", type=Path, help="a .yaml or .csv file")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="prompts at a time")

@@ -215,7 +215,7 @@ def test_a_plan_that_is_not_there_is_named(batch_sample, cli, tmp_path):
 def test_the_script_runs_as_a_script_and_its_help_shows_an_example(start):
     out, err = (process := start(LAUNCH / "batch_sample.py", "--help")).communicate()
     assert (process.returncode, err) == (0, "")
-    assert "example: python launch/batch_sample.py plan.yaml" in out
+    assert "examples:\n    python -m tav_jax.batch plan.yaml" in out
 
 
 # The manifest.

@@ -546,7 +546,9 @@ WRONG_INPUT = [
     pytest.param(
         ["output_dir={tmp}/used"], ["used exists and is not a run of tav_jax.tune"], id="folder"
     ),
-    pytest.param(["output_dir={tmp}/notes.mp4"], ["notes.mp4 exists and is not a run"], id="a file"),
+    pytest.param(
+        ["output_dir={tmp}/notes.mp4"], ["notes.mp4 exists and is not a run"], id="a file"
+    ),
     pytest.param(
         ["output_dir={tmp}/notes.mp4/run"],
         ["is not writable", "notes.mp4"],
