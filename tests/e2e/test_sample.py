@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 import tav_jax.runs.render
-from tav_jax import sample
+from tav_jax import sample, tune
 from tav_jax.video.read import read_frames
 
 
@@ -43,7 +43,7 @@ def frames_of(monkeypatch):
 # What is written.
 
 
-def test_prompts_come_from_the_command_line_and_from_a_file(finished_run, cli, tmp_path, compiled):
+def test_prompts_come_from_the_command_line_and_from_a_file(finished_run, cli, tmp_path):
     prompts = tmp_path / "my prompts.txt"
     prompts.write_text("a dog is moving\n\n  滑雪的熊猫 🐼 \na dog is moving\n", encoding="utf-8")
     folder = tmp_path / "two words" / "edits"
@@ -82,9 +82,15 @@ def test_prompts_come_from_the_command_line_and_from_a_file(finished_run, cli, t
     assert settings["prompt"] == "滑雪的熊猫 🐼"
     assert settings["step"] == 6
     assert settings["guidance_scale"] == 12.5
-    # A checkpoint is sampled from by the program that a run compiles for its own samples.
-    # One program for all prompts, and none if this process has sampled such a clip before.
-    assert compiled.count("jit(ddim_sample)") <= 1
+
+
+def test_a_checkpoint_is_sampled_by_the_program_that_its_run_compiled(
+    write_config, cli, tmp_path, compiled
+):
+    assert cli(tune, "--config", write_config(max_train_steps=1, validation_steps=1)).status == 0
+    compiled.clear()
+    assert cli(sample, "--run", tmp_path / "run", "--prompt", "a bird").status == 0
+    assert "jit(ddim_sample)" not in compiled
 
 
 def test_a_run_samples_later_what_it_would_have_sampled_itself(finished_run, cli, tmp_path):
