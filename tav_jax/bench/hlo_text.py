@@ -62,10 +62,7 @@ class Instruction:
     @cached_property
     def arrays(self) -> tuple[Array, ...]:
         """Return the result's array, or the arrays of a tuple."""
-        return tuple(
-            Array(element, int(bits or 8), tuple(int(side) for side in sides.split(",") if side))
-            for element, bits, sides in _ARRAY.findall(self.type)
-        )
+        return parse_arrays(self.type)
 
     @property
     def bytes(self) -> int:
@@ -82,6 +79,14 @@ class Instruction:
 
 
 Computation = dict[str, Instruction]
+
+
+def parse_arrays(type_: str) -> tuple[Array, ...]:
+    """Return the arrays of a type as HLO text writes it: one array, or a tuple of them."""
+    return tuple(
+        Array(element, int(bits or 8), tuple(int(side) for side in sides.split(",") if side))
+        for element, bits, sides in _ARRAY.findall(type_)
+    )
 
 
 def parse_module(text: str) -> tuple[dict[str, Computation], str]:

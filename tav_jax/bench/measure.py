@@ -150,19 +150,20 @@ def measure_program(
         program = PROGRAMS[name](plain, setting.size)
         compiled = program.compile(target.compiler_options if target else None)
     compile_seconds = time.perf_counter() - began
+    hlo = compiled.as_text() or ""  # written once: it is megabytes of text
     if hlo_folder:
         hlo_folder.mkdir(parents=True, exist_ok=True)
-        (hlo_folder / f"{name}.hlo").write_text(compiled.as_text() or "")
+        (hlo_folder / f"{name}.hlo").write_text(hlo)
     card = target.card if target else None
     return ProgramResult(
         name,
         compile_seconds=compile_seconds,
         flops=program.flops(),
         planned_bytes=planned_bytes(compiled),
-        collective_bytes=collective_bytes(compiled),
+        collective_bytes=collective_bytes(hlo),
         gradient_checkpointing=preset,
         seconds=None if target else time_program(program, compiled, repeats),
-        gpu=card.work(read_kernels(compiled.as_text() or "")) if card else None,
+        gpu=card.work(read_kernels(hlo)) if card else None,
     )
 
 

@@ -122,10 +122,11 @@ def test_programs_of_the_unet(targets, make_program, name, preset, attention, dt
             assert ("__cudnn$fmhaSoftmax" in text) == uses_cudnn
             return
         compiled = program.compile(targets[gpus].compiler_options)
-    kernels = read_kernels(compiled.as_text())
+    hlo = compiled.as_text()
+    kernels = read_kernels(hlo)
     assert total_bytes(kernels, "matrix_product") > 0
     assert (total_bytes(kernels, "attention") > 0) == uses_cudnn
-    assert bool(collective_bytes(compiled)) == (gpus > 1)
+    assert bool(collective_bytes(hlo)) == (gpus > 1)
 
 
 @pytest.mark.parametrize(("dtype", "gpus"), TURNS)

@@ -109,7 +109,7 @@ def sent(unet, sizes, frames):
     with on_mesh(mesh_of(sizes, frames)):
         call = jax.jit(lambda unet, *inputs: sharding.denoiser(unet)(*inputs))
         latents = shard(jnp.asarray(inputs[0]), video_sharding)
-        return collective_bytes(call.lower(unet, latents, *inputs[1:]).compile())
+        return collective_bytes(call.lower(unet, latents, *inputs[1:]).compile().as_text())
 
 
 def test_what_is_sent_grows_with_the_boundary_and_not_with_the_video(unet):
