@@ -14,7 +14,6 @@ import numpy as np
 import optax
 from jax import Array
 from jaxtyping import Float, Int, UInt8
-from tqdm import tqdm
 
 from tav_jax.diffusion.guidance import guide
 from tav_jax.diffusion.samplers import (
@@ -306,9 +305,10 @@ def tune_clip(
     unet = jax.tree.map(jnp.copy, model.unet)
     state = shard(init_state(unet, optimizer, jax.random.key(0) if key is None else key))
     moments, context = encode_frames(model, frames), encode_prompts(model, [prompt])
-    # A library call shows its bar in a terminal only, and writes to no log file.
-    for _ in tqdm(range(max_train_steps), desc="tuning", disable=None if progress else True):
-        state, _ = step(state, moments, context, model.schedule)
+    with progress_bar("tuning", total=max_train_steps, show=progress) as bar:
+        for _ in range(max_train_steps):
+            state, _ = step(state, moments, context, model.schedule)
+            bar.update(1)
     return model.with_unet(state.unet)
 
 

@@ -31,12 +31,26 @@ class LineProgress:
 
 
 def progress_bar(
-    description: str, *, total: int, initial: int = 0, leave: bool = True
+    description: str, *, total: int, initial: int = 0, leave: bool = True, show: bool = True
 ) -> "tqdm[Any] | LineProgress":
     """Return a bar for a terminal, or lines now and then for a log file, where a bar would repeat.
 
     `say` prints its lines above the bar.
+
+    Args:
+        description: What is being done.
+        total: Number of steps.
+        initial: Number of steps that are done already.
+        leave: Leave the full bar in the terminal.
+        show: If false, nothing is printed.
     """
-    if sys.stderr.isatty():
-        return tqdm(desc=description, total=total, initial=initial, leave=leave, miniters=1)
+    if sys.stderr.isatty() or not show:
+        return tqdm(
+            desc=description,
+            total=total,
+            initial=initial,
+            leave=leave,
+            miniters=1,
+            disable=not show,
+        )
     return LineProgress(description, total=total, initial=initial)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from tav_jax.console import command
 from tav_jax.diffusion.samplers import SamplerName
@@ -14,7 +14,8 @@ from tav_jax.parallel import processes as distributed
 from tav_jax.runs.config import parse_mesh
 from tav_jax.runs.render import sample_run
 from tav_jax.runs.samples import Sample, plan_samples
-from tav_jax.runs.sampling_settings import explain_if_wrong
+from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings
+from tav_jax.settings import find_problems
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -74,13 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(args: argparse.Namespace) -> None:
-    names = ("num_inference_steps", "num_inv_steps", "guidance_scale", "eta")
+def _check(args: argparse.Namespace, given: dict[str, Any]) -> None:
     problems = [
-        f"--{name.replace('_', '-')} {value}: {expected}"
-        for name in names
-        if (value := getattr(args, name)) is not None
-        and (expected := explain_if_wrong(name, value))
+        f"--{name.replace('_', '-')}: {problem}" if name else problem
+        for name, problem in find_problems(SamplingSettings, given)
     ]
     if args.batch_size < 1:
         problems.append(f"--batch-size {args.batch_size}: expected 1 or more")
@@ -102,7 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the sample command with these arguments, by default the process's own."""
     args = _parser().parse_args(argv)
     distributed.start()
-    _check(args)
+    given = {name: getattr(args, name) for name in SETTING_NAMES}
+    given = {name: value for name, value in given.items() if value is not None}
+    _check(args, given)
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
         raise UserError("no prompts: give --prompt TEXT or --prompts FILE")
@@ -110,14 +110,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("\n".join(f"--prompt: not text: {one!r}" for one in garbled))
 
     def make_samples(default: Sample) -> list[Sample]:
-        names = (
-            *("negative_prompt", "guidance_scale", "num_inference_steps", "num_inv_steps"),
-            *("sampler", "eta"),
-        )
-        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-        default = replace(default, **given, name_seed=args.seeds is not None)
+        settings = replace(default.settings, **given)
         if args.random_noise:
-            default = replace(default, num_inv_steps=None)
+            settings = replace(settings, num_inv_steps=None)
+        default = replace(default, settings=settings, name_seed=args.seeds is not None)
         seeds = args.seeds or [default.seed]
         return [
             replace(default, prompt=prompt, seed=seed)

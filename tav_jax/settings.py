@@ -71,9 +71,22 @@ def parse(settings: type[T], tree: dict[str, Any], where: str) -> T:
     try:
         return TypeAdapter(settings).validate_python(tree)
     except ValidationError as error:
-        known = list(_known_keys(settings))
-        lines = [f"  {_explain(problem, known)}" for problem in error.errors()]
+        lines = (
+            f"  {key}: {text}" if key else f"  {text}" for key, text in _explain(error, settings)
+        )
         raise UserError(f"{where}:\n" + "\n".join(sorted(lines))) from None
+
+
+def find_problems(settings: type, tree: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return each wrong key of a tree with what is wrong about it, as `parse` explains it.
+
+    The key is empty if a combination of values is wrong.
+    """
+    try:
+        TypeAdapter(settings).validate_python(tree)
+    except ValidationError as error:
+        return list(_explain(error, settings))
+    return []
 
 
 def _set(tree: dict[str, Any], override: str) -> str | None:
@@ -93,7 +106,13 @@ def _set(tree: dict[str, Any], override: str) -> str | None:
     return None
 
 
-def _explain(problem: Any, known: Sequence[str]) -> str:
+def _explain(error: ValidationError, settings: type) -> Iterator[tuple[str, str]]:
+    known = list(_known_keys(settings))
+    for problem in error.errors():
+        yield ".".join(str(part) for part in problem["loc"]), _explain_one(problem, known)
+
+
+def _explain_one(problem: Any, known: Sequence[str]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "unexpected_keyword_argument":
         by_name = {path.split(".")[-1]: path for path in known}
@@ -103,11 +122,11 @@ def _explain(problem: Any, known: Sequence[str]) -> str:
         near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         near = near or [by_name[n] for n in difflib.get_close_matches(name, by_name, 1, 0.5)]
         hint = f"did you mean {near[0]}?" if near else "configs/ shows the keys there are"
-        return f"{key}: unknown key; {hint}"
+        return f"unknown key; {hint}"
     if problem["type"] == "missing":
-        return f"{key}: missing"
+        return "missing"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (got {problem['input']!r})" if key else message
+    return f"{message} (got {problem['input']!r})" if key else message
 
 
 def _known_keys(settings: Any, start: str = "") -> Iterator[str]:

@@ -26,10 +26,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from tav_jax.errors import MissingProcessError, UserError
+from tav_jax.parallel.jax_internals import distributed_state, find_tpu_cluster
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = EXPLICIT = (
     "TAV_JAX_COORDINATOR",
@@ -198,18 +198,16 @@ def _tpu_job() -> Job | None:
     # JAX sets this on import if there are TPU chips. Without them no metadata server is asked.
     if "tpu" not in (jax.config.values["jax_platforms"] or ""):
         return None
-    from jax._src.clusters import GceTpuCluster, GkeTpuCluster
-
-    for cluster in (GkeTpuCluster, GceTpuCluster):
-        if cluster.is_env_present() and (count := cluster.get_process_count()) > 1:
-            return Job(count, cluster.get_process_id(), cluster.name)
+    if cluster := find_tpu_cluster():
+        name, num_processes, process_id = cluster
+        return Job(num_processes, process_id, name)
     return None
 
 
 def is_main_process() -> bool:
     """Return whether this is process 0, which does all the writing."""
     # Not `jax.process_index`, which would first exchange the processes' devices.
-    return global_state.process_id == 0
+    return distributed_state().process_id == 0
 
 
 def wait_for_all(name: str, seconds: float) -> None:
@@ -218,16 +216,16 @@ def wait_for_all(name: str, seconds: float) -> None:
     Raises:
         MissingProcessError: Some process has not, after that many seconds.
     """
-    client = global_state.client  # not public in JAX; Orbax takes it from here, too
-    if client is None:
+    state = distributed_state()
+    if state.client is None:
         return
     try:
-        client.wait_at_barrier(f"tav_jax/{name}", timeout_in_ms=round(seconds * 1000))
+        state.client.wait_at_barrier(f"tav_jax/{name}", timeout_in_ms=round(seconds * 1000))
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
         raise MissingProcessError(
-            f"{name}: after {seconds:g} seconds not all of {global_state.num_processes} "
+            f"{name}: after {seconds:g} seconds not all of {state.num_processes} "
             "processes are there; see what the others say"
         ) from None
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,9 +154,11 @@ def load_text_encoder(
     config = published_config.read_text_config(_read_config(folder), f"{folder}/config.json")
     # transformers 5.6 and later may save names without this prefix.
     prefix = "text_model."
-    return _load_network(
-        CLIPTextModel, config, folder, "text_encoder", dtype, variant, prefix=prefix
+    tensors = (
+        (name if name.startswith(prefix) else f"{prefix}{name}", tensor)
+        for name, tensor in weights.read_tensors(folder, WEIGHT_STEMS["text_encoder"], variant)
     )
+    return _merge_network(CLIPTextModel, config, tensors, dtype, where=str(folder))
 
 
 def load_vae(
@@ -164,7 +166,8 @@ def load_vae(
 ) -> Network[AutoencoderKL]:
     """Return the autoencoder from its folder."""
     config = published_config.read_vae_config(_read_config(folder), f"{folder}/config.json")
-    return _load_network(AutoencoderKL, config, folder, "vae", dtype, variant)
+    tensors = weights.read_tensors(folder, WEIGHT_STEMS["vae"], variant)
+    return _merge_network(AutoencoderKL, config, tensors, dtype, where=str(folder))
 
 
 def load_unet(
@@ -187,20 +190,16 @@ def load_unet(
     published = _read_config(folder)
     config = published_config.read_unet_config(published, f"{folder}/config.json")
     is_image_unet = published.get("_class_name") != "UNet3DConditionModel"
-
-    def dtype_of(name: str) -> str:
-        return "float32" if weights.in_modules(name, float32_modules) else dtype
-
-    unet = _load_network(
+    unet = _merge_network(
         UNet3DConditionModel,
         config,
-        folder,
-        "unet",
+        weights.read_tensors(folder, WEIGHT_STEMS["unet"], variant),
         dtype,
-        variant,
-        dtype_of=dtype_of,
+        float32_modules=float32_modules,
         may_lack=weights.TEMPORAL if is_image_unet else (),
+        where=str(folder),
     )
+    dtype_of = _storage_dtype(dtype, float32_modules)
     shapes = parameter_shapes(UNet3DConditionModel, unet.config)
     key = jax.random.key(0) if key is None else key
     return unet.with_params(weights.inflate(unet.params, shapes, key, dtype_of=dtype_of))
@@ -267,43 +266,39 @@ def tokenize(model: Model, prompts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
     return np.asarray(padded.input_ids, np.int32)
 
 
-def _load_network(
+def _merge_network(
     module_class: type,
     config: Any,
-    folder: Path,
-    part: str,
+    tensors: Iterable[tuple[str, np.ndarray]],
     dtype: str,
-    variant: str | None,
     *,
-    dtype_of: Callable[[str], str] | None = None,
+    float32_modules: Sequence[str] = (),
     may_lack: tuple[str, ...] = (),
-    prefix: str = "",
+    where: str,
 ) -> Network:
-    """Return a network with the weights of its folder.
+    """Return a network with the given weights.
 
     Args:
         module_class: Its class.
         config: Its config.
-        folder: Folder with the weights.
-        part: Its key in `WEIGHT_STEMS`.
-        dtype: Type of the computation.
-        variant: See `load_model`.
-        dtype_of: Gives the type to store each parameter in, by name. None: `dtype` for all.
+        tensors: Published names and values.
+        dtype: See `load_model`.
+        float32_modules: See `load_model`.
         may_lack: Modules whose weights may be missing.
-        prefix: Start of parameter names that the files may leave out.
+        where: Where the weights are from, for messages.
     """
-    tensors = weights.read_tensors(folder, WEIGHT_STEMS[part], variant)
     params = weights.merge(
         parameter_shapes(module_class, config),
-        (
-            (name if name.startswith(prefix) else f"{prefix}{name}", tensor)
-            for name, tensor in tensors
-        ),
-        dtype_of=dtype_of or (lambda name: dtype),
-        where=str(folder),
+        tensors,
+        dtype_of=_storage_dtype(dtype, float32_modules),
+        where=where,
         may_lack=may_lack,
     )
     return Network(module_class, config, params, ComputeOptions(dtype=dtype))
+
+
+def _storage_dtype(dtype: str, float32_modules: Sequence[str]) -> Callable[[str], str]:
+    return lambda name: "float32" if weights.in_modules(name, float32_modules) else dtype
 
 
 def _save_network(folder: Path, part: str, network: Network, config: Mapping[str, Any]) -> None:

@@ -3,44 +3,63 @@
 import csv
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from tav_jax.diffusion.samplers import SamplerName
 from tav_jax.errors import UserError
 from tav_jax.runs.samples import Job, Sample, plan_samples
-from tav_jax.runs.sampling_settings import Eta, GuidanceScale, NumSteps, Seed
+from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings, Seed
+from tav_jax.settings import find_problems, parse
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class Item:
-    """One video of a plan. What is None is taken from the run."""
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class Row(SamplingSettings):
+    """The keys that a row of a plan may have, with their bounds."""
 
     run: str
     prompt: str
     seed: Seed | None = None
-    negative_prompt: str | None = None
-    guidance_scale: GuidanceScale | None = None
-    num_inference_steps: NumSteps | None = None
-    num_inv_steps: NumSteps | None = None
-    sampler: SamplerName | None = None
-    eta: Eta | None = None
     use_inv_latent: bool = True
+
+
+class Item(NamedTuple):
+    """One video of a plan.
+
+    Args:
+        run: Folder of the run.
+        prompt: What the video is to show.
+        seed: Seed of the noise, or None for the run's.
+        settings: Names and values of the settings that are not the run's.
+    """
+
+    run: str
+    prompt: str
+    seed: int | None
+    settings: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def from_row(cls, given: dict[str, Any]) -> "Item":
+        """Return the item of a row, which has no problems."""
+        row = parse(Row, given, "row")
+        settings = {name: getattr(row, name) for name in SETTING_NAMES if name in given}
+        if not row.use_inv_latent:
+            settings["num_inv_steps"] = None
+        return cls(row.run, row.prompt, row.seed, tuple(settings.items()))
 
     def to_sample(self, default: Sample) -> Sample:
         """Return the sample that this item asks for; `default` gives what the item leaves out."""
-        settings = {
-            name: value
-            for name, value in asdict(self).items()
-            if value is not None and name not in ("run", "use_inv_latent")
-        }
-        sample = replace(default, **settings, name_seed=self.seed is not None)
-        return sample if self.use_inv_latent else replace(sample, num_inv_steps=None)
+        return replace(
+            default,
+            prompt=self.prompt,
+            seed=default.seed if self.seed is None else self.seed,
+            settings=replace(default.settings, **dict(self.settings)),
+            name_seed=self.seed is not None,
+        )
 
 
 def read_plan(path: Path) -> list[Item]:
@@ -54,18 +73,15 @@ def read_plan(path: Path) -> list[Item]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     rows = list(_csv_rows(text) if path.suffix == ".csv" else _yaml_rows(text, path))
-    items, problems = [], set()
-    for where, row in rows:
-        try:
-            items.append(TypeAdapter(Item).validate_python(row))
-        except ValidationError as error:
-            for problem in error.errors():
-                name = ".".join(str(part) for part in problem["loc"])
-                problems.add(f"  {where}{name}: {problem['msg']} (got {problem['input']!r})")
-    if problems or not items:
+    problems = {
+        f"  {where}{name}: {problem}" if name else f"  {where}{problem}"
+        for where, row in rows
+        for name, problem in find_problems(Row, row)
+    }
+    if problems or not rows:
         lines = sorted(problems) or ["  it asks for nothing: name runs and prompts"]
         raise UserError(f"{path}:\n" + "\n".join(lines))
-    return list(dict.fromkeys(items))
+    return list(dict.fromkeys(Item.from_row(row) for _, row in rows))
 
 
 def _csv_rows(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -91,7 +107,8 @@ def _yaml_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path}: expected lists under {', '.join(wrong)}")
     seeds = lists["seeds"] or [None]
     for run, prompt, seed in itertools.product(lists["runs"], lists["prompts"], seeds):
-        yield "", {**plan, "run": run, "prompt": prompt, "seed": seed}
+        row = {**plan, "run": run, "prompt": prompt, "seed": seed}
+        yield "", {key: value for key, value in row.items() if value is not None}
 
 
 def plan_jobs(items: Sequence[Item]) -> list[Job]:

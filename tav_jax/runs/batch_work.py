@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -184,6 +183,6 @@ def manifest_row(
         else:
             with video.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-    settings = {name: value for name, value in asdict(sample).items() if name != "name_seed"}
+    settings = {name: value for name, value in sample.to_record().items() if name != "name_seed"}
     files = {"video": name, "bytes": size, "sha256": digest}
     return {"run": str(job.run.folder), **settings, **files}

@@ -18,10 +18,9 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from tav_jax.diffusion.samplers import SamplerName, check_eta
 from tav_jax.errors import UserError
 from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
-from tav_jax.runs.sampling_settings import Eta, GuidanceScale, NumSteps, Seed
+from tav_jax.runs.sampling_settings import NumSteps, SamplingSettings, Seed, select_settings
 from tav_jax.settings import flatten, merge_trees, override, parse, read_tree, read_yaml, to_plain
 from tav_jax.training.optimizer import TRAINABLE_MODULES, LRScheduler
 
@@ -83,40 +82,38 @@ class TrainData:
 
 
 @dataclass(frozen=True, config=_strict)
-class ValidationData:
+class ValidationData(SamplingSettings):
     """What is sampled every `validation_steps`, and the defaults of the sample command.
 
     Args:
         prompts: What the edited videos are to show.
-        negative_prompt: What they are not to show.
+        negative_prompt: See `SamplingSettings`.
+        num_inference_steps: See `SamplingSettings`.
+        sampler: See `SamplingSettings`.
+        guidance_scale: See `SamplingSettings`.
+        eta: See `SamplingSettings`.
+        use_inv_latent: Start from the inverted clip. Otherwise start from random noise.
+        num_inv_steps: Number of inversion steps.
         video_length: Number of frames. Like `width` and `height` it is by default that of the
             training clip. With `use_inv_latent` it cannot be another.
         width: Width of the videos, in pixels.
         height: Height of the videos, in pixels.
-        num_inference_steps: Number of sampling steps.
-        sampler: "ddim", or "dpm_solver" for DPM-Solver++(2M), which needs some 20 steps where DDIM
-            needs 50.
-        guidance_scale: Weight of the guidance. At 1 or below there is none.
-        eta: Share of noise in each DDIM step, from 0 to 1.
-        use_inv_latent: Start from the inverted clip. Otherwise start from random noise.
-        num_inv_steps: Number of inversion steps.
         video_format: "mp4" or "gif".
         fps: Frames per second of the written videos.
     """
 
     prompts: tuple[str, ...] = ()
-    negative_prompt: str = ""
+    use_inv_latent: bool = True
+    num_inv_steps: NumSteps = 50  # never None: use_inv_latent says whether there is an inversion
     video_length: PositiveInt | None = None
     width: Size | None = None
     height: Size | None = None
-    num_inference_steps: NumSteps = 50
-    sampler: SamplerName = "ddim"
-    guidance_scale: GuidanceScale = 12.5
-    eta: Eta = 0.0
-    use_inv_latent: bool = True
-    num_inv_steps: NumSteps = 50
     video_format: Literal["mp4", "gif"] = "mp4"
     fps: PositiveFloat = 8.0
+
+    def sampling_settings(self) -> SamplingSettings:
+        """Return the settings with which the prompts are sampled."""
+        return select_settings(self, invert=self.use_inv_latent)
 
 
 AxisSize = PositiveInt | Literal[-1]
@@ -223,7 +220,6 @@ class TuneConfig:
             for name, value in clip.items()
             if getattr(validation, name) not in (None, value)
         ]
-        check_eta(validation.sampler, validation.eta)
         if validation.use_inv_latent and differing:
             raise UserError(
                 f"validation_data: {', '.join(differing)} of train_data; the inverted clip has its "

@@ -70,7 +70,7 @@ def write_overview(
     records = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
     for record in records[-ROWS_OF_SHEET:]:
         if (video := record.with_suffix(f".{suffix}")).is_file():
-            sample = Sample(**json.loads(record.read_text()))
+            sample = Sample.from_record(json.loads(record.read_text()))
             label = sample.prompt + (f" (seed {sample.seed})" if sample.name_seed else "")
             rows[label] = (
                 fresh[video]

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -108,24 +107,24 @@ def write_batch(
     """
     raise_if_interrupted()
     frames, height, width = sample_size(run.config)
-    common = batch[0].batch_key
+    step, settings = batch[0].batch_key
     filled = batch + batch[-1:] * (size - len(batch))
-    if common.num_inv_steps is None:
+    if settings.num_inv_steps is None:
         noise = random_latents(model, [sample.seed for sample in filled], frames, height, width)
     else:
         with stages("invert"):
-            inverted = run.inverted_latents(model, common.step, common.num_inv_steps, alone=alone)
+            inverted = run.inverted_latents(model, step, settings.num_inv_steps, alone=alone)
             noise = jnp.repeat(inverted, size, axis=0)
     with stages("sample"):
         clean = sample_latents(
             model,
             noise,
             [sample.prompt for sample in filled],
-            negative_prompt=common.negative_prompt,
-            guidance_scale=common.guidance_scale,
-            num_inference_steps=common.num_inference_steps,
-            sampler=common.sampler,
-            eta=common.eta,
+            negative_prompt=settings.negative_prompt,
+            guidance_scale=settings.guidance_scale,
+            num_inference_steps=settings.num_inference_steps,
+            sampler=settings.sampler,
+            eta=settings.eta,
             seeds=[sample.seed for sample in filled],
             progress=True,
         )
@@ -147,7 +146,7 @@ def _write_sample(sample: Sample, video: Frames, folder: Path, run: Run) -> Path
     # new video, so that no video ever stands beside the settings of another.
     video_path.unlink(missing_ok=True)
     with atomic_write(folder / f"{sample.stem}.json") as path:
-        path.write_text(json.dumps(asdict(sample), indent=2, ensure_ascii=False) + "\n")
+        path.write_text(json.dumps(sample.to_record(), indent=2, ensure_ascii=False) + "\n")
     write_video(video_path, shown(video), fps=validation.fps)
     return video_path
 
@@ -175,7 +174,8 @@ def sample_run(job: Job, *, batch_size: int = 1) -> list[Path]:
 def warn_unused_seeds(samples: Sequence[Sample]) -> None:
     """Print a note if the samples have several seeds and nothing is drawn from them."""
     seeds = {sample.seed for sample in samples}
-    if len(seeds) > 1 and any(one.eta == 0 and one.num_inv_steps is not None for one in samples):
+    all_settings = {sample.settings for sample in samples}
+    if len(seeds) > 1 and any(one.eta == 0 and one.num_inv_steps for one in all_settings):
         say(
             "note: from the inverted clip and with eta 0 nothing is drawn at random, so every "
             "seed gives the same video; use --eta 1 or --random-noise"

@@ -5,17 +5,18 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
-from tav_jax.diffusion.samplers import SamplerName, check_eta
 from tav_jax.errors import ExistingFileError, UserError
 from tav_jax.files import first_unwritable_parent
 from tav_jax.runs.config import TuneConfig
 from tav_jax.runs.run import Run
+from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings
 
 Frames = UInt8[np.ndarray, "f H W 3"]
 
@@ -26,34 +27,21 @@ SHEET, BESIDE = "contact-sheet", "side-by-side"
 
 @dataclass(frozen=True)
 class Sample:
-    """All settings that determine a video of a run. They are written beside it as JSON.
+    """What determines a video of a run.
 
     Args:
         prompt: What the video is to show.
         step: The run's checkpoint.
         seed: Seed of the noise, if any is drawn.
-        negative_prompt: What the video is not to show.
-        guidance_scale: Weight of the guidance.
-        num_inference_steps: Number of sampling steps.
-        eta: Share of noise in each DDIM step.
-        num_inv_steps: Number of inversion steps, or None to start from random noise.
+        settings: How it is sampled.
         name_seed: Whether the file's name has the seed, too.
-        sampler: "ddim" or "dpm_solver".
     """
 
     prompt: str
     step: int
     seed: int
-    negative_prompt: str
-    guidance_scale: float
-    num_inference_steps: int
-    eta: float
-    num_inv_steps: int | None
+    settings: SamplingSettings
     name_seed: bool = False
-    sampler: SamplerName = "ddim"
-
-    def __post_init__(self) -> None:
-        check_eta(self.sampler, self.eta)
 
     @property
     def stem(self) -> str:
@@ -62,25 +50,32 @@ class Sample:
         return f"{stem}-prompt" if stem in (SHEET, BESIDE) else stem
 
     @property
-    def batch_key(self) -> "Sample":
-        """Return what samples of one batch have in common: everything but prompt and seed."""
-        return replace(self, prompt="", seed=0)
+    def batch_key(self) -> tuple[int, SamplingSettings]:
+        """Return what samples of one batch have in common: checkpoint and settings."""
+        return self.step, self.settings
+
+    def to_record(self) -> dict[str, Any]:
+        """Return a flat dictionary, which is written as JSON beside the video."""
+        record = asdict(self)
+        return record | record.pop("settings")
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Sample":
+        """Return the sample of a record. Settings that an old record lacks have their defaults.
+
+        Raises:
+            TypeError: The record lacks something else, or has more.
+            ValueError: A value is wrong.
+        """
+        settings = {name: record[name] for name in SETTING_NAMES if name in record}
+        others = {name: value for name, value in record.items() if name not in SETTING_NAMES}
+        return cls(settings=SamplingSettings(**settings), **others)
 
 
 def default_sample(config: TuneConfig, step: int) -> Sample:
     """Return a sample with a run's own settings and an empty prompt."""
-    validation = config.validation_data
-    return Sample(
-        prompt="",
-        step=step,
-        seed=config.seed,
-        negative_prompt=validation.negative_prompt,
-        guidance_scale=validation.guidance_scale,
-        num_inference_steps=validation.num_inference_steps,
-        eta=validation.eta,
-        sampler=validation.sampler,
-        num_inv_steps=validation.num_inv_steps if validation.use_inv_latent else None,
-    )
+    settings = config.validation_data.sampling_settings()
+    return Sample(prompt="", step=step, seed=config.seed, settings=settings)
 
 
 def sample_size(config: TuneConfig) -> tuple[int, int, int]:
@@ -116,14 +111,14 @@ def is_done(sample: Sample, folder: Path, video_format: str) -> bool:
 def _differing(made: Mapping[str, object], sample: Sample) -> list[tuple[str, object, object]]:
     return [
         (name, made.get(name), value)
-        for name, value in asdict(sample).items()
+        for name, value in sample.to_record().items()
         if made.get(name) != value
     ]
 
 
 def group_by_batch_key(samples: Sequence[Sample]) -> list[list[Sample]]:
     """Return the samples in lists that can be sampled together."""
-    groups: dict[Sample, list[Sample]] = {}
+    groups: dict[tuple[int, SamplingSettings], list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.batch_key, []).append(sample)
     return list(groups.values())
@@ -193,7 +188,7 @@ def plan_samples(
     named: dict[str, Sample] = {}
     for sample in samples:
         first = named.setdefault(sample.stem, sample)
-        if differing := _differing(asdict(first), sample):
+        if differing := _differing(first.to_record(), sample):
             values = "; ".join(f"{name} {a!r} and {b!r}" for name, a, b in differing)
             problems.append(
                 f"{job.video(sample)} is asked for with different settings ({values}); "

@@ -1,34 +1,59 @@
-"""The bounds of what decides a sample, for configs, batch plans and command lines alike."""
+"""The settings of sampling, defined and bounded once.
 
+Configs, experiments, batch plans, command lines and the records of samples all use this value.
+"""
+
+from dataclasses import fields
 from typing import Annotated
 
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from tav_jax.diffusion.samplers import SamplerName, check_eta
 
 NumSteps = Annotated[int, Field(ge=1, le=999)]
-GuidanceScale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+GuidanceScale = Annotated[float, Field(ge=0)]
 Eta = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what a JAX key can be made of
 
-_CHECKS: dict[str, TypeAdapter] = {
-    "num_inference_steps": TypeAdapter(NumSteps),
-    "num_inv_steps": TypeAdapter(NumSteps),
-    "guidance_scale": TypeAdapter(GuidanceScale),
-    "eta": TypeAdapter(Eta),
-    "seed": TypeAdapter(Seed),
-}
-_EXPECTED = {
-    "num_inference_steps": "1 to 999",
-    "num_inv_steps": "1 to 999",
-    "guidance_scale": "0 or more, and finite",
-    "eta": "0 to 1",
-    "seed": "0 to 2^63 - 1",
-}
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class SamplingSettings:
+    """How prompts become videos. The defaults are the original release's.
+
+    Args:
+        negative_prompt: What the videos are not to show.
+        num_inference_steps: Number of sampling steps.
+        sampler: "ddim", or "dpm_solver" for DPM-Solver++(2M), which needs some 20 steps where DDIM
+            needs 50.
+        guidance_scale: Weight of the guidance. At 1 or below there is none.
+        eta: Share of noise in each DDIM step, from 0 to 1.
+        num_inv_steps: Number of inversion steps, or None to start from random noise.
+
+    Raises:
+        UserError: `eta` is not 0 and the sampler has no such noise.
+    """
+
+    negative_prompt: str = ""
+    num_inference_steps: NumSteps = 50
+    sampler: SamplerName = "ddim"
+    guidance_scale: GuidanceScale = 12.5
+    eta: Eta = 0.0
+    num_inv_steps: NumSteps | None = 50
+
+    def __post_init__(self) -> None:
+        check_eta(self.sampler, self.eta)
 
 
-def explain_if_wrong(name: str, value: int | float) -> str | None:
-    """Return what was expected of a setting's value if it is out of bounds, else None."""
-    try:
-        _CHECKS[name].validate_python(value)
-    except ValueError:
-        return f"expected {_EXPECTED[name]}"
-    return None
+SETTING_NAMES = tuple(field.name for field in fields(SamplingSettings))
+
+
+def select_settings(settings: SamplingSettings, *, invert: bool) -> SamplingSettings:
+    """Return the settings alone of a value that has further fields.
+
+    Args:
+        settings: A value of a subclass.
+        invert: Keep the number of inversion steps. Otherwise start from random noise.
+    """
+    values = {name: getattr(settings, name) for name in SETTING_NAMES}
+    return SamplingSettings(**values if invert else values | {"num_inv_steps": None})

@@ -89,13 +89,15 @@ def loss_and_gradients(
 ) -> tuple[Scalar, Params]:
     """Return the loss and its gradients by the parameters labelled "train".
 
-    The gradient is taken of the whole network. The compiler removes what is not selected, so no
-    weight gradient of a frozen parameter is computed (a test counts the FLOPs).
+    Only these are differentiated, so no weight gradient of a frozen parameter exists, not even
+    before the compiler removes what is not used.
     """
-    loss, gradients = jax.value_and_grad(
-        lambda unet: denoising_loss(denoiser(unet), schedule, draw, context)
-    )(unet)
-    return loss, select(gradients.params, labels, "train")
+
+    def loss(trained: Params) -> Scalar:
+        network = unet.with_params(unet.params | trained)
+        return denoising_loss(denoiser(network), schedule, draw, context)
+
+    return jax.value_and_grad(loss)(select(unet.params, labels, "train"))
 
 
 def apply_gradients(

@@ -18,12 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
-from tqdm import tqdm
 
 from tav_jax.console import command, say
-from tav_jax.diffusion.samplers import SamplerName
 from tav_jax.errors import UserError
 from tav_jax.files import keep_json_lines
 from tav_jax.models.attention.dispatch import AttentionScope
@@ -40,6 +38,8 @@ from tav_jax.pipeline import (
 )
 from tav_jax.pretrained.model import Model, load_model
 from tav_jax.pretrained.weights import TEMPORAL
+from tav_jax.progress import progress_bar
+from tav_jax.runs.sampling_settings import GuidanceScale, NumSteps, SamplingSettings
 from tav_jax.settings import parse, read_tree
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
 from tav_jax.training.train_step import init_state
@@ -56,32 +56,33 @@ _strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, config=_strict)
-class Setting:
+class Setting(SamplingSettings):
     """One way of running the method. The defaults suit `tiny-scenes`.
 
     The numbers of steps are 25, because 50 take twice the time and give the same metrics.
 
     Args:
+        negative_prompt: See `SamplingSettings`.
+        num_inference_steps: See `SamplingSettings`.
+        sampler: See `SamplingSettings`.
+        guidance_scale: See `SamplingSettings`.
+        eta: See `SamplingSettings`.
+        num_inv_steps: See `SamplingSettings`.
         attention_scope: The frames that spatial attention looks at.
         temporal_attention: Whether the network has a temporal attention, and tunes it.
         max_train_steps: Number of updates.
         learning_rate: Learning rate of tuning.
         inversion: Start from the inverted clip. Otherwise start from random noise.
-        guidance_scale: Weight of the guidance.
-        num_inference_steps: Number of sampling steps.
-        num_inv_steps: Number of inversion steps.
-        sampler: "ddim" or "dpm_solver".
     """
 
+    num_inference_steps: NumSteps = 25
+    guidance_scale: GuidanceScale = 2.0
+    num_inv_steps: NumSteps = 25
     attention_scope: AttentionScope = "sparse_causal"
     temporal_attention: bool = True
     max_train_steps: NonNegativeInt = 150
     learning_rate: PositiveFloat = 2e-3
     inversion: bool = True
-    guidance_scale: NonNegativeFloat = 2.0
-    num_inference_steps: PositiveInt = 25
-    num_inv_steps: PositiveInt = 25
-    sampler: SamplerName = "ddim"
 
 
 @dataclass(frozen=True, config=_strict)
@@ -133,14 +134,16 @@ def experiment(config: Experiment, folder: Path) -> None:
     results = claim_results(folder, config)
     done = {(record["variant"], record["clip"], record["seed"]) for record in results}
     total = len(settings) * len(config.clips) * len(config.seeds)
-    bar = tqdm(total=total, initial=len(done), desc="experiments", mininterval=1)
 
     # Variants with equal settings of tuning share one tuned model.
     def tuning(name: str) -> tuple:
         setting = settings[name]
         return setting.attention_scope, setting.temporal_attention, setting.learning_rate
 
-    with (folder / "results.jsonl").open("a", buffering=1) as file:
+    with (
+        (folder / "results.jsonl").open("a", buffering=1) as file,
+        progress_bar("experiments", total=total, initial=len(done)) as bar,
+    ):
         for _, names in groupby(sorted(settings, key=tuning), key=tuning):
             group = list(names)
             tuned = Tuned(config, settings[group[0]])
@@ -156,8 +159,7 @@ def experiment(config: Experiment, folder: Path) -> None:
                     results.append(record)
                     if seed == config.seeds[0]:
                         keep_sheet(folder, name, clip, frames, edits, videos)
-                    bar.update()
-    bar.close()
+                    bar.update(1)
     write_report(folder, results, list(settings), config.sweep)
 
 
@@ -243,9 +245,12 @@ def sample_edits(
         model,
         noise,
         [edit.prompt for edit in edits],
+        negative_prompt=setting.negative_prompt,
         guidance_scale=setting.guidance_scale,
         num_inference_steps=setting.num_inference_steps,
         sampler=setting.sampler,
+        eta=setting.eta,
+        seeds=[seed] * len(edits),
     )
     return to_frames(np.asarray(decode_latents(model, latents)))
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Int
-from tqdm import tqdm
 
 from tav_jax.errors import NotLearningError
+from tav_jax.progress import progress_bar
 from tav_jax.runs.metrics_log import keep_metrics
 from tav_jax.training.checkpoints import latest_step, restore_item, save_items
 from tav_jax.types import Params, PRNGKey, Scalar
@@ -159,9 +159,13 @@ def train(
     keep_metrics(metrics, start)
     began = time.perf_counter()
     losses = []
-    with metrics.open("a", buffering=1) as log:
-        for step in tqdm(range(start + 1, stage.steps + 1), name, initial=start, total=stage.steps):
+    with (
+        metrics.open("a", buffering=1) as log,
+        progress_bar(name, total=stage.steps, initial=start) as bar,
+    ):
+        for step in range(start + 1, stage.steps + 1):
             state, loss = step_fn(state, make_batch(step))
+            bar.update(1)
             losses.append(loss)
             if step % STEPS_PER_LOG_LINE == 0 or step == stage.steps:
                 line = {"step": step, "loss": float(jnp.stack(losses).mean())}

@@ -18,31 +18,12 @@ from tav_jax.pretrained.configs import (
     read_vae_config,
     write_unet_config,
 )
+from tav_jax.pretrained.sd_v1_4 import CONFIGS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
-# As published in CompVis/stable-diffusion-v1-4, and the others as far as they differ from it.
-UNET_V1_4 = {
-    "_class_name": "UNet2DConditionModel",
-    "_diffusers_version": "0.2.2",
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "center_input_sample": False,
-    "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-05,
-    "norm_num_groups": 32,
-    "out_channels": 4,
-    "sample_size": 64,
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}
+# The whole files of CompVis/stable-diffusion-v1-4, and others as far as they differ from them.
+UNET_V1_4 = CONFIGS["unet"] | {"_diffusers_version": "0.2.2"}
 UNET_V1_5 = UNET_V1_4 | {"_diffusers_version": "0.6.0"}
 UNET_V2_1_BASE = UNET_V1_4 | {
     "_diffusers_version": "0.10.0.dev0",
@@ -91,20 +72,7 @@ UNET_EXPORT = UNET_V1_5 | {
     "use_linear_projection": False,
 }
 
-VAE_V1_4 = {
-    "_class_name": "AutoencoderKL",
-    "_diffusers_version": "0.2.2",
-    "act_fn": "silu",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "in_channels": 3,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "sample_size": 512,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}
+VAE_V1_4 = CONFIGS["vae"] | {"_diffusers_version": "0.2.2"}
 VAE_EXPORT = VAE_V1_4 | {
     "_diffusers_version": "0.42.1",
     "force_upcast": True,
@@ -117,27 +85,10 @@ VAE_EXPORT = VAE_V1_4 | {
     "use_quant_conv": True,
 }
 
-TEXT_V1_4 = {
+TEXT_V1_4 = CONFIGS["text_encoder"] | {
     "_name_or_path": "openai/clip-vit-large-patch14",
-    "architectures": ["CLIPTextModel"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 0,
-    "dropout": 0.0,
-    "eos_token_id": 2,
-    "hidden_act": "quick_gelu",
-    "hidden_size": 768,
-    "initializer_factor": 1.0,
-    "initializer_range": 0.02,
-    "intermediate_size": 3072,
-    "layer_norm_eps": 1e-05,
-    "max_position_embeddings": 77,
-    "model_type": "clip_text_model",
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "pad_token_id": 1,
     "torch_dtype": "float32",
     "transformers_version": "4.21.0.dev0",
-    "vocab_size": 49408,
 }
 TEXT_V2_1_BASE = TEXT_V1_4 | {
     "hidden_act": "gelu",
@@ -153,17 +104,8 @@ TEXT_EXPORT = {k: v for k, v in TEXT_V1_4.items() if k not in ("torch_dtype", "d
     "transformers_version": "5.23.0",
 }
 
-PNDM_V1_4 = {
-    "_class_name": "PNDMScheduler",
+PNDM_V1_4 = CONFIGS["scheduler"] | {
     "_diffusers_version": "0.7.0.dev0",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
     "clip_sample": False,
 }
 EULER_V2 = PNDM_V1_4 | {

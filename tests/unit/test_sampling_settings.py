@@ -1,4 +1,6 @@
-"""Configs, batch plans and command lines have the same bounds for what decides a sample."""
+"""Configs, experiments, batch plans, command lines and records share one value and its bounds."""
+
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -7,6 +9,9 @@ from tav_jax import sample
 from tav_jax.errors import UserError
 from tav_jax.runs.batch_plan import read_plan
 from tav_jax.runs.config import parse_config
+from tav_jax.runs.samples import Sample, default_sample
+from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings
+from tav_jax.worlds.experiments import Experiment
 
 WRONG = [
     ("guidance_scale", ".inf"),
@@ -20,16 +25,27 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG)
-def test_a_config_refuses_it(name, value):
+def config_with(**validation):
     tree = {
         "pretrained_model_path": "tiny-scenes",
         "output_dir": "out",
         "train_data": {"video_path": "a.mp4", "prompt": "a"},
-        "validation_data": {name: yaml.safe_load(value)},
+        "validation_data": validation,
     }
+    return parse_config(tree)
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_config_refuses_it(name, value):
     with pytest.raises(UserError, match=f"validation_data.{name}: "):
-        parse_config(tree)
+        config_with(**{name: yaml.safe_load(value)})
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_an_experiment_refuses_it(name, value):
+    config = Experiment({"method": {name: yaml.safe_load(value)}})
+    with pytest.raises(UserError, match=rf"variants: method:\n  {name}: "):
+        config.settings()
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
@@ -49,4 +65,54 @@ def test_the_command_line_refuses_it(name, value, capsys):
         )
         == 1
     )
-    assert f"error: {option} " in capsys.readouterr().err
+    assert f"error: {option}: " in capsys.readouterr().err
+
+
+def test_noise_from_a_sampler_that_draws_none_is_refused_everywhere(tmp_path, capsys):
+    wrong = {"sampler": "dpm_solver", "eta": 0.5}
+    with pytest.raises(UserError, match="only ddim draws noise"):
+        config_with(**wrong)
+    with pytest.raises(UserError, match="only ddim draws noise"):
+        Experiment({"method": wrong}).settings()
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("runs: [run]\nprompts: [a]\nsampler: dpm_solver\neta: 0.5\n")
+    with pytest.raises(UserError, match="only ddim draws noise"):
+        read_plan(plan)
+    options = ["--run", "none", "--prompt", "a", "--sampler", "dpm_solver", "--eta", "0.5"]
+    assert sample.main(options) == 1
+    assert "only ddim draws noise" in capsys.readouterr().err
+
+
+def test_a_run_of_random_noise_has_no_inversion_steps():
+    assert config_with(num_inv_steps=7).validation_data.sampling_settings().num_inv_steps == 7
+    settings = config_with(use_inv_latent=False).validation_data.sampling_settings()
+    assert settings == SamplingSettings(num_inv_steps=None)
+    with pytest.raises(UserError, match=r"validation_data\.num_inv_steps: "):
+        config_with(num_inv_steps=None)
+
+
+def test_a_plan_changes_what_it_names_and_nothing_else(tmp_path):
+    config = config_with(guidance_scale=3.0, negative_prompt="blurry", num_inv_steps=7)
+    default = default_sample(config, step=5)
+    plan = tmp_path / "plan.csv"
+    plan.write_text("run,prompt,seed,eta,use_inv_latent\nrun,a,,,\nrun,a,4,0.5,\nrun,b,,,false\n")
+    same, changed, noise = (item.to_sample(default) for item in read_plan(plan))
+    assert same == replace(default, prompt="a")
+    settings = replace(default.settings, eta=0.5)
+    assert changed == replace(default, prompt="a", seed=4, settings=settings, name_seed=True)
+    assert noise.settings == replace(default.settings, num_inv_steps=None)
+
+
+def test_a_record_is_flat_and_gives_the_sample_back():
+    settings = SamplingSettings("blurry", 7, "dpm_solver", 2.0, 0.0, None)
+    made = Sample("a", 5, 3, settings, name_seed=True)
+    record = made.to_record()
+    assert set(record) == {"prompt", "step", "seed", "name_seed", *SETTING_NAMES}
+    assert Sample.from_record(record) == made
+
+
+def test_a_record_from_before_there_were_two_samplers_is_read():
+    record = Sample("a", 5, 3, SamplingSettings(eta=0.5)).to_record()
+    del record["sampler"]
+    assert Sample.from_record(record).settings.sampler == "ddim"
+    assert Sample.from_record(record).settings.eta == 0.5
