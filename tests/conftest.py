@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_configs
 
-from tav_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from tav_jax.models.clip import CLIPTextModel
 from tav_jax.models.network import Network, parameter_shapes
-from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
-from tav_jax.models.vae import AutoencoderKL, VAEConfig
+from tav_jax.models.unet import UNet3DConditionModel
+from tav_jax.models.vae import AutoencoderKL
 
 # Which tests run when, by file. docs/testing.md has the reasons and the times. What is in neither
 # table runs by default.
@@ -194,21 +195,7 @@ def call(jit):
 
 @pytest.fixture(scope="session")
 def unet_config():
-    return UNetConfig(
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        down_attention=(True, False),
-        up_attention=(False, True),
-        num_attention_heads=(2, 4),
-        layers_per_block=1,
-        cross_attention_dim=8,
-        norm_num_groups=4,
-        norm_eps=1e-5,
-        use_linear_projection=False,
-        flip_sin_to_cos=True,
-        freq_shift=0.0,
-    )
+    return small_configs.UNET
 
 
 @pytest.fixture(scope="session")
@@ -218,16 +205,7 @@ def tiny_unet(random_network, unet_config):
 
 @pytest.fixture(scope="session")
 def vae_config():
-    return VAEConfig(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        scaling_factor=0.25,
-        frames_per_chunk=2,
-    )
+    return small_configs.VAE
 
 
 @pytest.fixture(scope="session")
@@ -237,16 +215,7 @@ def tiny_vae(random_network, vae_config):
 
 @pytest.fixture(scope="session")
 def text_config():
-    return CLIPTextConfig(
-        vocab_size=32,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=7,
-        layer_norm_eps=1e-5,
-        hidden_act="quick_gelu",
-    )
+    return small_configs.TEXT
 
 
 @pytest.fixture(scope="session")

@@ -9,20 +9,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
 import jax
 import numpy as np
 import pytest
+import small_configs
 import yaml
 
 from tav_jax import tune
-from tav_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from tav_jax.models.clip import CLIPTextModel
 from tav_jax.models.network import in_modules, init_network
-from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
-from tav_jax.models.vae import AutoencoderKL, VAEConfig
+from tav_jax.models.unet import UNet3DConditionModel
+from tav_jax.models.vae import AutoencoderKL
 from tav_jax.pretrained.configs import write_unet_config
 from tav_jax.pretrained.weights import TEMPORAL, save_tensors
 from tav_jax.video.write import write_video
@@ -30,42 +31,10 @@ from tav_jax.video.write import write_video
 REPOSITORY = Path(__file__).parents[2]
 TOKENIZER = REPOSITORY / "tests/golden/base/tokenizer"
 
-# As small as two levels, both attentions and a skip of each kind allow: a program of it compiles
-# in a few seconds.
-UNET = UNetConfig(
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=(8, 16),
-    down_attention=(True, False),
-    up_attention=(False, True),
-    num_attention_heads=(2, 2),
-    layers_per_block=1,
-    cross_attention_dim=8,
-    norm_num_groups=4,
-    norm_eps=1e-5,
-    use_linear_projection=False,
-    flip_sin_to_cos=True,
-    freq_shift=0.0,
-)
-VAE = VAEConfig(
-    in_channels=3,
-    out_channels=3,
-    latent_channels=4,
-    block_out_channels=(8, 8, 8),
-    layers_per_block=1,
-    norm_num_groups=4,
-    scaling_factor=0.18215,
-)
-TEXT = CLIPTextConfig(
-    vocab_size=2014,  # of the tokenizer in tests/golden/base
-    hidden_size=8,
-    intermediate_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    max_position_embeddings=77,
-    layer_norm_eps=1e-5,
-    hidden_act="quick_gelu",
-)
+UNET = replace(small_configs.UNET, num_attention_heads=(2, 2))
+VAE = replace(small_configs.VAE, block_out_channels=(8, 8, 8), scaling_factor=0.18215)
+# The vocabulary is that of the tokenizer in tests/golden/base.
+TEXT = replace(small_configs.TEXT, vocab_size=2014, num_hidden_layers=1, max_position_embeddings=77)
 SCHEDULER = {
     "_class_name": "PNDMScheduler",
     "beta_schedule": "scaled_linear",
@@ -141,6 +110,25 @@ def compiled() -> list[str]:
     """The programs compiled since the test began."""
     _compiled.clear()
     return _compiled
+
+
+@pytest.fixture(scope="session")
+def bench_report(users_environment) -> Callable[..., dict]:
+    """Runs bench in a process of its own, in which a TPU's or GPU's compiler may be loaded."""
+
+    def run(*arguments: str) -> dict:
+        done = subprocess.run(
+            [sys.executable, "-m", "tav_jax.bench", "--json", *arguments],
+            env=users_environment | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,6 @@ implementation of attention. And each implementation is compiled backward with o
 combinations are only traced and lowered, which is where JAX refuses what it cannot do.
 """
 
-import json
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -201,19 +198,11 @@ def test_attention_costs_two_products_and_its_gradients_five_more(targets):
     assert flops(small_program(targets[1], step, *shapes)) == {"attention": 7 * product}
 
 
-def test_bench_prints_the_work_of_a_gpu_and_writes_its_programs(users_environment, tmp_path):
-    command = [sys.executable, "-m", "tav_jax.bench", "--aot", "h200", "--chips", "2", "--json"]
-    command += ["--network", "small", "--frames", "2", "--size", "32", "--programs", "encode"]
-    done = subprocess.run(
-        [*command, "--dump-hlo", str(tmp_path / "hlo")],
-        env=users_environment | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+def test_bench_prints_the_work_of_a_gpu_and_writes_its_programs(bench_report, tmp_path):
+    row = bench_report(
+        *("--aot", "h200", "--chips", "2", "--network", "small", "--frames", "2", "--size", "32"),
+        *("--programs", "encode", "--dump-hlo", str(tmp_path / "hlo")),
     )
-    assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout)
     assert row["device"] == "h200, 2 devices"
     assert "4.3 TB/s" in row["floor_assumes"]
     kernels = read_kernels((tmp_path / "hlo" / "encode.hlo").read_text())

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -96,22 +94,12 @@ def test_more_frames_cost_in_proportion_or_squared():
 
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs pip install '.[tpu]'")
-def test_a_step_compiles_for_a_tpu_that_is_not_here(users_environment):
-    # In a process of its own, in which libtpu may be loaded.
-    command = [sys.executable, "-m", "tav_jax.bench", "--aot", "v5e:2x2", "--json"]
+def test_a_step_compiles_for_a_tpu_that_is_not_here(bench_report):
     # 32x32 latents, so that the finest level has enough tokens for the kernel.
-    command += ["--network", "small", "--frames", "2", "--size", "256"]
-    command += ["--programs", "inversion_step", "--gradient-checkpointing", "full"]
-    done = subprocess.run(
-        command,
-        env=users_environment | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+    row = bench_report(
+        *("--aot", "v5e:2x2", "--network", "small", "--frames", "2", "--size", "256"),
+        *("--programs", "inversion_step", "--gradient-checkpointing", "full"),
     )
-    assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout)
     assert row["attention"]["32x32"] == "fused"
     assert row["attention"]["16x16"] == "einsum"
     assert 10e6 < row["inversion_step_planned_bytes"] < 2e9
