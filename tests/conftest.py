@@ -25,8 +25,8 @@ from tav_jax.models.network import Network, parameter_shapes
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.models.vae import AutoencoderKL
 
-# Which tests run when, by file. docs/testing.md has the reasons and the times. What is in neither
-# table runs by default.
+# Which tests run when. An entry is a file, or one test of it. docs/testing.md has the reasons and
+# the times. What is in neither table runs by default.
 QUICK = {
     "unit/test_checkpointing.py",
     "unit/test_config.py",
@@ -48,16 +48,30 @@ QUICK = {
 FULL = {
     "e2e/test_aot_cuda.py",
     "e2e/test_base_model.py",
+    "e2e/test_batch.py::test_a_fleet_makes_each_video_once_though_a_worker_is_killed",
+    "e2e/test_batch.py::test_a_worker_that_dies_is_named_and_its_videos_are_made_by_the_others",
+    "e2e/test_batch.py::test_an_interrupt_ends_all_workers_and_the_same_command_makes_the_rest",
     "e2e/test_bench.py",
+    "e2e/test_compile_cache.py::test_a_second_start_compiles_nothing",
     "e2e/test_distributed.py",
     "e2e/test_edit.py",
     "e2e/test_experiments.py",
     "e2e/test_mesh.py",
     "e2e/test_pretrain.py",
     "e2e/test_readme.py",
+    "e2e/test_tune.py::test_a_run_killed_twice_ends_as_one_that_was_not",
     "parity/test_golden.py",
+    "unit/test_flash.py::test_a_tpu_v5e_has_room_for_the_kernels_and_never_holds_the_scores",
     "unit/test_sharding.py",
 }
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leaves out files that `-m quick` would deselect. Some import PyTorch, which takes long."""
+    file = collection_path.relative_to(Path(__file__).parent).as_posix()
+    if config.option.markexpr == "quick" and file.endswith(".py") and file not in QUICK:
+        return True
+    return None
 
 
 def pytest_collection_modifyitems(items):
@@ -65,8 +79,8 @@ def pytest_collection_modifyitems(items):
     tests = Path(__file__).parent
     for item in items:
         file = item.path.relative_to(tests).as_posix()
-        for tier, files in (("quick", QUICK), ("full", FULL)):
-            if file in files:
+        for tier, entries in (("quick", QUICK), ("full", FULL)):
+            if entries & {file, f"{file}::{item.originalname}"}:
                 item.add_marker(tier)
 
 
