@@ -46,8 +46,8 @@ def main(argv):
     print(json.dumps({
         "process": process,
         "main": distributed.is_main_process(),
-        "agreed": distributed.broadcast_from_main([process == 0]),
         "sum": float(jax.jit(jnp.sum)(step(numbers))),
+        "agreed": distributed.broadcast_from_main([process == 0]),
     }), flush=True)
     distributed.wait_for_all("said", 300)
     while action == "step":
