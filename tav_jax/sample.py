@@ -110,9 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("\n".join(f"--prompt: not text: {one!r}" for one in garbled))
 
     def make_samples(default: Sample) -> list[Sample]:
-        settings = replace(default.settings, **given)
-        if args.random_noise:
-            settings = replace(settings, num_inv_steps=None)
+        changes = given | ({"num_inv_steps": None} if args.random_noise else {})
+        settings = default.settings.with_changes(changes, f"--run {args.run}")
         default = replace(default, settings=settings, name_seed=args.seeds is not None)
         seeds = args.seeds or [default.seed]
         return [

@@ -57,7 +57,9 @@ class Item(NamedTuple):
             default,
             prompt=self.prompt,
             seed=default.seed if self.seed is None else self.seed,
-            settings=replace(default.settings, **dict(self.settings)),
+            settings=default.settings.with_changes(
+                dict(self.settings), f"{self.run}, {self.prompt}"
+            ),
             name_seed=self.seed is not None,
         )
 

@@ -3,13 +3,15 @@
 Configs, experiments, batch plans, command lines and the records of samples all use this value.
 """
 
-from dataclasses import fields
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from tav_jax.diffusion.samplers import SamplerName, check_eta
+from tav_jax.settings import parse
 
 NumSteps = Annotated[int, Field(ge=1, le=999)]
 GuidanceScale = Annotated[float, Field(ge=0)]
@@ -43,6 +45,18 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         check_eta(self.sampler, self.eta)
+
+    def with_changes(self, changes: Mapping[str, Any], where: str) -> "SamplingSettings":
+        """Return these settings with some of them changed.
+
+        Args:
+            changes: New values by name.
+            where: Where they are from, for messages.
+
+        Raises:
+            UserError: The new values do not go with the others.
+        """
+        return parse(SamplingSettings, {**asdict(self), **changes}, where)
 
 
 SETTING_NAMES = tuple(field.name for field in fields(SamplingSettings))

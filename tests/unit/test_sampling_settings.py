@@ -103,6 +103,15 @@ def test_a_plan_changes_what_it_names_and_nothing_else(tmp_path):
     assert noise.settings == replace(default.settings, num_inv_steps=None)
 
 
+def test_a_change_that_does_not_go_with_the_runs_settings_is_refused(tmp_path):
+    default = default_sample(config_with(eta=0.5), step=5)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("runs: [run]\nprompts: [a fish]\nsampler: dpm_solver\n")
+    (item,) = read_plan(plan)
+    with pytest.raises(UserError, match=r"run, a fish:\n  eta 0\.5: of the samplers only ddim"):
+        item.to_sample(default)
+
+
 def test_a_record_is_flat_and_gives_the_sample_back():
     settings = SamplingSettings("blurry", 7, "dpm_solver", 2.0, 0.0, None)
     made = Sample("a", 5, 3, settings, name_seed=True)
