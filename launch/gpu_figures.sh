@@ -4,9 +4,10 @@
 #   bash launch/gpu_figures.sh [DIR]                     by default outputs/gpu-figures; 9 minutes
 #   bash launch/gpu_figures.sh --small [DIR]             all of it at a small size, for a CPU
 #   PARTS=speed,golden bash launch/gpu_figures.sh [DIR]  some parts; DIR keeps those of earlier calls
-# The parts, in this order: bench speed run profile golden bench_more compiled memory. Each command
-# has a limit of time, and all together have LIMIT seconds (530). What fails or does not end in time
-# is named in figures.md, and the rest goes on. On a GPU, the nine minutes end before the last parts.
+# The parts in their order: bench speed run profile golden presets more_frames compiled memory. Each
+# command has a limit of time, and all together have LIMIT seconds (530). What fails or does not end
+# in time is named in figures.md, and the rest goes on. Never run on a GPU; nine minutes are hardly
+# enough for all parts, so name the last ones in a second call.
 # PYTHON names the interpreter (python3). WHEELS is a folder of wheels of packages that it lacks;
 # they are unpacked into a temporary folder. COMMIT names the commit where there is no git.
 set -uo pipefail
@@ -20,7 +21,7 @@ fi
 directory=${1:-outputs/gpu-figures}
 python=${PYTHON:-python3}
 limit=${LIMIT:-530}
-parts=${PARTS:-bench,speed,run,profile,golden,bench_more,compiled,memory}
+parts=${PARTS:-bench,speed,run,profile,golden,presets,more_frames,compiled,memory}
 scratch=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$scratch"' EXIT
 trap 'exit 130' INT TERM
@@ -87,22 +88,29 @@ step() {
     [[ $status == 0 ]]
 }
 
-measure() { # FRAMES: cold and warm, with each preset. Only the tuning step depends on a preset.
-    local temperature
-    for temperature in cold warm; do
-        step "bench-$1-$temperature" 170 "${bench[@]}" --frames "$1" --gradient-checkpointing none
-    done
-    for temperature in cold warm; do
-        step "bench-$1-presets-$temperature" 130 "${bench[@]}" --frames "$1" --programs tune_step \
-            --gradient-checkpointing "$presets"
-    done
+# twice NAME SECONDS ARGUMENTS...: the same benchmark with an empty compile cache, and again.
+twice() {
+    local name=$1 seconds=$2
+    shift 2
+    step "bench-$name-cold" "$seconds" "${bench[@]}" "$@"
+    step "bench-$name-warm" "$seconds" "${bench[@]}" "$@"
 }
 
-part_bench() { measure "$frames"; }
+part_bench() { twice "$frames" 170 --frames "$frames" --gradient-checkpointing none; }
 
-part_bench_more() { measure "$more_frames"; }
+# Only the tuning step depends on the preset.
+part_presets() {
+    twice "$frames-presets" 150 --frames "$frames" --programs tune_step \
+        --gradient-checkpointing "$presets"
+}
 
-part_speed() { step speed 200 "${speed[@]}" --channels-last --pairs "$pairs"; }
+part_more_frames() {
+    twice "$more_frames" 170 --frames "$more_frames" --gradient-checkpointing none
+    twice "$more_frames-presets" 150 --frames "$more_frames" --programs tune_step \
+        --gradient-checkpointing "$presets"
+}
+
+part_speed() { step speed 260 "${speed[@]}" --channels-last --pairs "$pairs"; }
 
 part_compiled() {
     step speed-compiled 400 "${speed[@]}" --channels-last --compile --pairs "$pairs"
@@ -126,12 +134,12 @@ part_golden() { # float32 must be float32: by default, GPUs multiply in TensorFl
     local run_cases=(env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false
         "$python" tests/golden.py tests/golden) name
     for name in "${cases[@]}"; do
-        step "golden-$name" 150 "${run_cases[@]}" --attention "$name" &
+        step "golden-$name" 180 "${run_cases[@]}" --attention "$name" &
         $small && wait
     done
     if ! $small; then # cuDNN's attention is for bfloat16
-        step golden-fused-bf16 150 "${run_cases[@]}" --attention fused --precision bf16 &
-        step golden-einsum-bf16 150 "${run_cases[@]}" --attention einsum --precision bf16 &
+        step golden-fused-bf16 180 "${run_cases[@]}" --attention fused --precision bf16 &
+        step golden-einsum-bf16 180 "${run_cases[@]}" --attention einsum --precision bf16 &
     fi
     wait
 }

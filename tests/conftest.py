@@ -57,6 +57,7 @@ FULL = {
     "e2e/test_distributed.py",
     "e2e/test_edit.py",
     "e2e/test_experiments.py",
+    "e2e/test_gpu_figures.py",
     "e2e/test_mesh.py",
     "e2e/test_pretrain.py",
     "e2e/test_readme.py",
