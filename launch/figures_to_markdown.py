@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
+TYPES = {"no": "float32", "bf16": "bfloat16"}
 LAST_LINES = 12  # of the output of what has failed
 
 
@@ -160,7 +161,7 @@ def bench_section(folder: Path) -> str:
     head = ["frames", "program", "preset", "ms, cold", "ms, warm", "compile s, cold"]
     head += ["compile s, warm", *ONE_COLUMNS]
     attention = ", ".join(f"{grid} {name}" for grid, name in row["attention"].items())
-    return f"""{row["network"]}'s shapes, precision {row["precision"]}, {row["width"]} pixels.
+    return f"""{row["network"]}'s shapes, {TYPES[row["precision"]]}, {row["width"]} pixels.
 Attention between frames, by grid of latents: {attention}.
 
 - Cold: in a new process with an empty compile cache. Warm: the same command again.
@@ -170,7 +171,8 @@ Attention between frames, by grid of latents: {attention}.
 
 {table(head, lines)}
 
-Most memory in use, as the device counts it, over all that a process had measured by then:
+Most memory that a process had used by the end of each preset, as the GPU counts it; on a CPU all
+that the process uses:
 
 {table(["command", "preset", "GB"], memory)}"""
 
@@ -184,7 +186,7 @@ def program_metrics(row: dict[str, Any], program: str) -> dict[str, str]:
     return {
         "ms": f"{row[f'{program}_ms']:.1f}",
         "compile s": f"{row['compile_s_each'][program]:.1f}",
-        "TFLOP": f"{row[f'{program}_tflop']:.3f}",
+        "TFLOP": f"{row[f'{program}_tflop']:.4g}",
         "TFLOP/s": f"{rate:.4g}",
         "of matmul": f"{rate / row['matmul_tflops']:.0%}",
         "planned GB": gb(row[f"{program}_planned_bytes"]),
@@ -250,7 +252,7 @@ def run_section(folder: Path) -> str:
         first, last = steps[0]["loss"], steps[-1]["loss"]
         text += f"\n- A step of the second half takes {median:.1f} ms (median)."
         text += f"\n- Loss {first:.4f} at step {steps[0]['step']}, {last:.4f} at step "
-        text += f"{steps[-1]['step']}; the weights are random, so it need not fall."
+        text += f"{steps[-1]['step']}; with random weights it need not fall."
     return text
 
 
@@ -286,7 +288,7 @@ def profile_section(folder: Path) -> str:
 
 
 CASE = re.compile(
-    r"^(?P<name>\S+) +(?:\S+ +){2}(?P<measured>\S+) +(?P<allowed>\S+) +\S+ +(ok|OVER)$"
+    r"^(?P<name>\S+) +(?:\S+ +){2}(?P<measured>\S+) +(?P<allowed>\S+) +\S+ +(?P<result>ok|OVER)$"
 )
 
 

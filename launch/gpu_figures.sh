@@ -2,8 +2,8 @@
 # Measure everything about one GPU, and write it down as DIR/figures.md: speed, speed of PyTorch
 # beside it, a run, where the time goes, reference cases. Needs no network and installs nothing.
 #   bash launch/gpu_figures.sh [DIR]                     by default outputs/gpu-figures; 9 minutes
-#   bash launch/gpu_figures.sh --small [DIR]             all of it at a small size, for a CPU
-#   PARTS=speed,golden bash launch/gpu_figures.sh [DIR]  some parts; DIR keeps those of earlier calls
+#   bash launch/gpu_figures.sh --small [DIR]             all but `compiled`, small enough for a CPU
+#   PARTS=speed,golden bash launch/gpu_figures.sh [DIR]  only these; DIR keeps earlier results
 # The parts in their order: bench speed run profile golden presets more_frames compiled memory. Each
 # command has a limit of time, and all together have LIMIT seconds (530). What fails or does not end
 # in time is named in figures.md, and the rest goes on. Never run on a GPU; nine minutes are hardly
@@ -21,7 +21,6 @@ fi
 directory=${1:-outputs/gpu-figures}
 python=${PYTHON:-python3}
 limit=${LIMIT:-530}
-parts=${PARTS:-bench,speed,run,profile,golden,presets,more_frames,compiled,memory}
 scratch=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$scratch"' EXIT
 trap 'exit 130' INT TERM
@@ -33,18 +32,23 @@ export JAX_COMPILATION_CACHE_DIR="$scratch/compiled" JAX_PERSISTENT_CACHE_MIN_CO
 export COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 
 if $small; then
-    export JAX_PLATFORMS=cpu SIZE=small
-    frames=2 more_frames=4 presets=blocks
+    # Compiling is most of the time, and what the small form measures means nothing.
+    export SIZE=small JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=true
+    parts=bench,speed,run,profile,golden,presets,more_frames,memory
+    frames=2 more_frames=3 programs=guided_step,encode presets=blocks
     bench=("$python" -m tav_jax.bench --json --network small --size 64 --precision no --repeats 2)
     speed=("$python" tests/parity/speed.py --network small --frames 2 --size 8 --device cpu
         --attention sdpa)
     pairs=2
     run=(--config configs/quickstart.yaml max_train_steps=20 validation_data.num_inference_steps=4
         validation_data.num_inv_steps=4)
-    cases=(auto chunked)
+    golden=("$python" tests/golden.py tests/golden --cases "schedule,vae")
+    implementations=(auto chunked)
 else
     export SIZE=full
+    parts=bench,speed,run,profile,golden,presets,more_frames,compiled,memory
     frames=8 more_frames=24 presets=blocks,full
+    programs=tune_step,guided_step,inversion_step,encode,decode
     bench=("$python" -m tav_jax.bench --json --network v1-4 --size 512 --precision bf16
         --repeats 10)
     speed=("$python" tests/parity/speed.py --network v1-4 --frames 8 --size 64 --precision bf16
@@ -54,7 +58,8 @@ else
         "pretrained_model_path=$scratch/model"
         train_data.video_path=configs/clips/red-circle-moving-right.mp4
         train_data.sampling=uniform)
-    cases=(auto einsum by_head chunked)
+    golden=("$python" tests/golden.py tests/golden)
+    implementations=(auto einsum by_head chunked)
 fi
 
 markdown() {
@@ -96,7 +101,9 @@ twice() {
     step "bench-$name-warm" "$seconds" "${bench[@]}" "$@"
 }
 
-part_bench() { twice "$frames" 170 --frames "$frames" --gradient-checkpointing none; }
+part_bench() {
+    twice "$frames" 200 --frames "$frames" --programs "$programs" --gradient-checkpointing none
+}
 
 # Only the tuning step depends on the preset.
 part_presets() {
@@ -105,7 +112,8 @@ part_presets() {
 }
 
 part_more_frames() {
-    twice "$more_frames" 170 --frames "$more_frames" --gradient-checkpointing none
+    twice "$more_frames" 200 --frames "$more_frames" --programs "$programs" \
+        --gradient-checkpointing none
     twice "$more_frames-presets" 150 --frames "$more_frames" --programs tune_step \
         --gradient-checkpointing "$presets"
 }
@@ -130,16 +138,18 @@ part_profile() {
         --gradient-checkpointing none --profile "$scratch/profile"
 }
 
-part_golden() { # float32 must be float32: by default, GPUs multiply in TensorFloat-32
-    local run_cases=(env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false
-        "$python" tests/golden.py tests/golden) name
-    for name in "${cases[@]}"; do
-        step "golden-$name" 180 "${run_cases[@]}" --attention "$name" &
+part_golden() {
+    # float32 must be float32: by default, GPUs multiply in TensorFloat-32
+    local name command=(env JAX_DEFAULT_MATMUL_PRECISION=highest
+        XLA_PYTHON_CLIENT_PREALLOCATE=false "${golden[@]}")
+    for name in "${implementations[@]}"; do
+        step "golden-$name" 180 "${command[@]}" --attention "$name" &
         $small && wait
     done
     if ! $small; then # cuDNN's attention is for bfloat16
-        step golden-fused-bf16 180 "${run_cases[@]}" --attention fused --precision bf16 &
-        step golden-einsum-bf16 180 "${run_cases[@]}" --attention einsum --precision bf16 &
+        for name in fused einsum; do
+            step "golden-$name-bf16" 180 "${command[@]}" --attention "$name" --precision bf16 &
+        done
     fi
     wait
 }
@@ -152,6 +162,7 @@ if ! step machine 60 "$python" launch/figures_to_markdown.py --machine; then
     echo "JAX cannot run, or finds no GPU: see $directory/machine.err" >&2
     exit 1
 fi
+parts=${PARTS:-$parts}
 for part in ${parts//,/ }; do
     echo "$(date +%T) part $part"
     "part_$part"

@@ -9,7 +9,7 @@ published PyTorch code. Exit status 1 if any case is over its tolerance.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -367,6 +367,9 @@ def main() -> int:
     parser.add_argument(
         "--mesh", default="frames=1", metavar="AXES", help="of this machine's devices: frames=8"
     )
+    parser.add_argument(
+        "--cases", metavar="NAMES", help="only these, separated by commas: schedule,vae,unet2d"
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there too")
     args = parser.parse_args()
     # A case of other numbers of frames is computed whole by each device.
@@ -380,6 +383,7 @@ def main() -> int:
                 precision=args.precision,
             ),
             args.markdown,
+            args.cases.split(",") if args.cases else None,
         )
 
 
@@ -394,13 +398,19 @@ column says otherwise. A case passes if "measured" is at most "allowed".
 """
 
 
-def report(golden: GoldenSet, markdown: Path | None = None) -> int:
+def report(
+    golden: GoldenSet, markdown: Path | None = None, names: Sequence[str] | None = None
+) -> int:
     """Prints a line a comparison; returns 1 if any is over its tolerance, or else 0.
 
     Args:
         golden: The set.
         markdown: A file for the same table, as docs/parity.md has it.
+        names: Only these cases.
     """
+    found = cases(golden)
+    if unknown := sorted(set(names or ()) - found.keys()):
+        raise SystemExit(f"--cases: no {', '.join(unknown)}; there are {', '.join(found)}")
     page = PAGE.format(
         folder=golden.folder,
         device=jax.default_backend().upper(),
@@ -408,8 +418,8 @@ def report(golden: GoldenSet, markdown: Path | None = None) -> int:
     )
     print(f"{'case':32} {'max abs':>9} {'max rel':>9} {'measured':>9} {'allowed':>9}  measure")
     failed = 0
-    for run in cases(golden).values():
-        for row in golden.rows(run):
+    for name in names or found:
+        for row in golden.rows(found[name]):
             failed += not row.passed
             numbers = row.max_abs, row.max_rel, row.measured, row.tolerance
             page += f"| {row.name} | {' | '.join(f'{x:.1e}' for x in numbers)} | {row.measure} |\n"
