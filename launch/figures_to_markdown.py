@@ -51,7 +51,7 @@ class Step(NamedTuple):
             case "124" | "137":
                 return f"**not done in {self.limit} s**"
             case "skipped":
-                return "**not started, no time was left**"
+                return "**not started, no time left**"
         return f"**failed, status {self.status}**"
 
 

@@ -20,7 +20,6 @@ if [[ "${1-}" == --small ]]; then
 fi
 directory=${1:-outputs/gpu-figures}
 python=${PYTHON:-python3}
-limit=${LIMIT:-530}
 scratch=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$scratch"' EXIT
 trap 'exit 130' INT TERM
@@ -35,7 +34,7 @@ if $small; then
     # Compiling is most of the time, and what the small form measures means nothing.
     export SIZE=small JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=true
     parts=bench,speed,run,profile,golden,presets,more_frames,memory
-    frames=2 more_frames=3 programs=guided_step,encode presets=blocks
+    frames=2 more_frames=3 programs=encode,decode presets=blocks slower=4
     bench=("$python" -m tav_jax.bench --json --network small --size 64 --precision no --repeats 2)
     speed=("$python" tests/parity/speed.py --network small --frames 2 --size 8 --device cpu
         --attention sdpa)
@@ -47,7 +46,7 @@ if $small; then
 else
     export SIZE=full
     parts=bench,speed,run,profile,golden,presets,more_frames,compiled,memory
-    frames=8 more_frames=24 presets=blocks,full
+    frames=8 more_frames=24 presets=blocks,full slower=1
     programs=tune_step,guided_step,inversion_step,encode,decode
     bench=("$python" -m tav_jax.bench --json --network v1-4 --size 512 --precision bf16
         --repeats 10)
@@ -68,7 +67,7 @@ markdown() {
 
 # step NAME SECONDS COMMAND...: run a command within a limit of time; what it prints is kept.
 step() {
-    local name=$1 seconds=$2 started=$SECONDS status took
+    local name=$1 seconds=$(($2 * slower)) started=$SECONDS status took
     shift 2
     if ((seconds > limit - SECONDS)); then
         seconds=$((limit - SECONDS))
@@ -154,6 +153,8 @@ part_golden() {
     wait
 }
 
+parts=${PARTS:-$parts}
+limit=${LIMIT:-$((530 * slower))}
 if [[ -n "${WHEELS-}" ]]; then
     step wheels 60 "$python" -m pip install --quiet --no-index --no-deps --find-links "$WHEELS" \
         --target "$scratch/site" "$WHEELS"/*.whl
@@ -162,7 +163,6 @@ if ! step machine 60 "$python" launch/figures_to_markdown.py --machine; then
     echo "JAX cannot run, or finds no GPU: see $directory/machine.err" >&2
     exit 1
 fi
-parts=${PARTS:-$parts}
 for part in ${parts//,/ }; do
     echo "$(date +%T) part $part"
     "part_$part"

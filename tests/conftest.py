@@ -33,6 +33,7 @@ QUICK = {
     "unit/test_console.py",
     "unit/test_cuda_lowering.py",
     "unit/test_documents.py",
+    "unit/test_figures_to_markdown.py",
     "unit/test_files.py",
     "unit/test_gpu_hlo.py",
     "unit/test_imports.py",

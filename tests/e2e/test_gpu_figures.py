@@ -1,6 +1,7 @@
 """`launch/gpu_figures.sh` at its small size: parts that run, one that fails, and what it writes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,19 +29,17 @@ def figures(tmp_path):
 
 
 def test_parts_that_run_have_tables_and_a_later_call_adds_its_own(figures):
-    said, page = figures("profile")
-    assert "profile: status 0" in said
-    assert "| profile | done |" in page
-    assert "### tune_step" in page
-    assert "### guided_step" in page
-    assert "| matrix_product |" in page
-    assert "What failed" not in page
+    said, page = figures("golden")
+    assert "golden-chunked: status 0" in said
+    assert "| golden-auto | done |" in page
+    for name in ("auto", "chunked"):
+        assert re.search(rf"\| {name} \| (\d+) of \1 \| yes \| \S+ of \S+ \| \S+ \| - \|", page)
 
-    _, page = figures("run")
-    assert "| profile | done |" in page
-    for stage in ("load", "tune", "invert", "sample", "decode"):
-        assert f"| {stage} |" in page
-    assert "- 20 steps;" in page
+    _, page = figures("bench")
+    assert "| golden-auto | done |" in page
+    for program in ("encode", "decode"):
+        assert re.search(rf"\| 2 \| {program} \| - (\| [\d.]+ ){{4}}\|", page)
+    assert "What failed" not in page
 
 
 # Stands in for Python: golden.py fails for one implementation and hangs for the other.
@@ -62,4 +61,4 @@ def test_a_part_that_fails_or_has_no_time_is_named_and_the_others_go_on(figures,
     assert "golden-chunked: status 124" in said
     assert "### golden-auto\n\n**failed, status 3**\n\n```\nbroken\n```" in page
     assert "### golden-chunked\n\n**not done in " in page
-    assert "| profile | **not started, no time was left** |" in page
+    assert "| profile | **not started, no time left** |" in page
