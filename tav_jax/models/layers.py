@@ -6,6 +6,7 @@ between the batch and `h w c`, so one residual block serves images and videos.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -16,6 +17,22 @@ from jaxtyping import Float, Int
 
 from tav_jax.models.frame_collectives import mean_and_variance
 from tav_jax.types import PRNGKey
+
+
+class NoRngs(nnx.Rngs):
+    """Given to a module instead of a source of randomness, it leaves shapes in place of values."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+def draw(
+    rngs: nnx.Rngs, sampler: Callable[[PRNGKey, tuple[int, ...]], Array], shape: tuple[int, ...]
+) -> Array | jax.ShapeDtypeStruct:
+    """Return a new random array, or its shape alone if there is no source of randomness."""
+    if isinstance(rngs, NoRngs):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+    return sampler(rngs.params(), shape)
 
 
 def fan_in_uniform(key: PRNGKey, shape: tuple[int, ...]) -> Array:
@@ -145,7 +162,7 @@ class Linear(nnx.Module):
     def __init__(
         self, in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs
     ):
-        self.kernel = nnx.Param(fan_in_uniform(rngs.params(), (in_features, out_features)))
+        self.kernel = nnx.Param(draw(rngs, fan_in_uniform, (in_features, out_features)))
         self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
 
     def __call__(self, x: Float[Array, "*axes i"]) -> Float[Array, "*axes o"]:
@@ -177,7 +194,7 @@ class Conv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         shape = (kernel_size, kernel_size, in_channels, out_channels)
-        self.kernel = nnx.Param(fan_in_uniform(rngs.params(), shape))
+        self.kernel = nnx.Param(draw(rngs, fan_in_uniform, shape))
         self.bias = nnx.Param(jnp.zeros(out_channels))
         self.stride = stride
         self.padding = (kernel_size // 2, kernel_size // 2) if padding is None else padding
@@ -240,10 +257,11 @@ class Embed(nnx.Module):
     """
 
     def __init__(self, num_embeddings: int, features: int, *, rngs: nnx.Rngs):
-        # CLIP's `initializer_factor` 1.0 gives tokens and positions this standard deviation.
-        self.embedding = nnx.Param(
-            0.02 * jax.random.normal(rngs.params(), (num_embeddings, features))
-        )
+        def normal(key: PRNGKey, shape: tuple[int, ...]) -> Array:
+            # CLIP's `initializer_factor` 1.0 gives tokens and positions this standard deviation.
+            return 0.02 * jax.random.normal(key, shape)
+
+        self.embedding = nnx.Param(draw(rngs, normal, (num_embeddings, features)))
 
     def __call__(self, indices: Int[Array, "*axes"]) -> Float[Array, "*axes c"]:
         """Return the vector of each index."""

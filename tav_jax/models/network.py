@@ -10,6 +10,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from tav_jax.models.compute import ComputeOptions
+from tav_jax.models.layers import NoRngs
 from tav_jax.types import Params, PRNGKey
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -79,9 +80,12 @@ def parameter_shapes(module_class: type[Module], config: Any) -> dict[str, jax.S
 def _definition(
     module_class: type, config: Any, compute: ComputeOptions
 ) -> tuple[nnx.GraphDef, dict]:
-    abstract = nnx.eval_shape(lambda: module_class(config, compute, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
-    return graphdef, _flat(state)
+    # Not `nnx.eval_shape`: to trace the initialisation of v1-4's U-Net takes eight seconds.
+    graphdef, state = nnx.split(module_class(config, compute, rngs=NoRngs()))
+    shapes = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flat(state).items()
+    }
+    return graphdef, shapes
 
 
 def _flat(state: Any) -> dict[str, Any]:

@@ -21,12 +21,17 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
+from itertools import combinations, count
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tav_jax.errors import MissingProcessError, UserError
 from tav_jax.parallel.jax_internals import distributed_state, find_tpu_cluster
@@ -108,10 +113,42 @@ def start() -> None:
         heartbeat_timeout_seconds=job.heartbeat_seconds,
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
-    # On CPUs the first collective connects the processes by gloo, which waits 30 seconds at most.
-    # Loading a model may take longer than that. So the processes meet here and connect at once.
+    # The processes connect at their first collective, see `connect`.
     wait_for_all("start", job.start_seconds)
     broadcast_from_main([True])
+
+
+@cache
+def connect(mesh: Mesh) -> None:
+    """Connect the processes of a mesh along every combination of its axes. Do so once per mesh.
+
+    On CPUs, gloo connects a group of devices at the group's first collective, and gives up if one
+    of them is 30 seconds late. That happens while a slow process still loads or compiles. So the
+    processes meet here and connect at once. Later collectives wait as long as it takes.
+
+    Raises:
+        MissingProcessError: Some process has not come here in time.
+    """
+    job = read_job(os.environ)
+    if job is None or jax.process_count() == 1:
+        return
+    axes = [axis for axis, size in mesh.shape.items() if size > 1]
+    groups = [group for size in range(len(axes)) for group in combinations(axes, size + 1)]
+
+    def add_up(x: Array) -> Array:
+        for group in groups:
+            x = x + jax.lax.psum(x, group)
+        return x
+
+    spec = PartitionSpec(tuple(axes))
+    ones = jax.jit(lambda: jnp.ones(mesh.size), out_shardings=NamedSharding(mesh, spec))()
+    program = jax.jit(jax.shard_map(add_up, mesh=mesh, in_specs=spec, out_specs=spec))
+    compiled = program.lower(ones).compile()
+    wait_for_all(f"mesh {next(_meshes)}", job.start_seconds)
+    compiled(ones).block_until_ready()
+
+
+_meshes = count()  # JAX refuses a barrier's name that was used before
 
 
 class _Variables:

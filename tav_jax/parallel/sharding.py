@@ -30,6 +30,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tav_jax.errors import UserError
 from tav_jax.models.frame_collectives import FRAME_AXES
 from tav_jax.models.network import Network
+from tav_jax.parallel.processes import connect
 from tav_jax.types import Denoiser
 
 DATA_AXIS = "data"
@@ -99,9 +100,12 @@ def make_mesh(
 def on_mesh(mesh: Mesh) -> AbstractContextManager:
     """Return a context in which `mesh` is the current mesh, unless it has one device only.
 
-    On one device programs are compiled without any sharding.
+    On one device programs are compiled without any sharding. Several processes are connected first.
     """
-    return jax.set_mesh(mesh) if mesh.size > 1 else nullcontext()
+    if mesh.size == 1:
+        return nullcontext()
+    connect(mesh)
+    return jax.set_mesh(mesh)
 
 
 def frame_devices(shape: Mapping[str, int]) -> int:

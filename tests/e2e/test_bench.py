@@ -33,7 +33,7 @@ def test_every_combination_has_a_row_and_a_point_in_the_plot(capsys, tmp_path):
     rows = metrics(
         capsys,
         *TINY[:2],
-        *["--frames", "1,2", "--size", "32", "--repeats", "1", "--programs", "inversion_step"],
+        *["--frames", "1,2", "--size", "32", "--repeats", "1", "--programs", "encode"],
         *["--attention-scope", "sparse_causal,full", "--plot", str(tmp_path / "plot.png")],
     )
     assert [(row["frames"], row["attention_scope"]) for row in rows] == [

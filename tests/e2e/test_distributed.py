@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tav_jax.parallel import processes as distributed
 from tav_jax.console import command
 from tav_jax.errors import UserError
+from tav_jax.parallel.sharding import make_mesh
 
 @command
 def main(argv):
@@ -33,16 +34,20 @@ def main(argv):
     action = sys.argv[1]
     if action == "fail":
         raise UserError("none can go on")
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    mesh = make_mesh({"data": 1, "frames": 8, "fsdp": 1}, frames=8)
+    if action == "be slow":
+        distributed.connect(mesh)
+        # Longer than the 30 seconds that gloo waits to connect, as if this process still compiled.
+        time.sleep(40 * jax.process_index())
+    sharding = NamedSharding(mesh, PartitionSpec("frames"))
     numbers = jax.make_array_from_callback((8,), sharding, lambda at: jnp.arange(8.0)[at])
     step = jax.jit(lambda x: x + jnp.sum(x), out_shardings=sharding)
     process = jax.process_index()
     print(json.dumps({
         "process": process,
         "main": distributed.is_main_process(),
-        "agreed": distributed.broadcast_from_main([process == 0]),
         "sum": float(jax.jit(jnp.sum)(step(numbers))),
+        "agreed": distributed.broadcast_from_main([process == 0]),
     }), flush=True)
     distributed.wait_for_all("said", 300)
     while action == "step":
@@ -51,7 +56,7 @@ def main(argv):
         distributed.wait_for_all("never", 600)
     if action == "lose patience" and process == 0:
         distributed.wait_for_all("never", 1)
-    if action != "end":
+    if action not in ("end", "be slow"):
         time.sleep(600)
 
 sys.exit(main())
@@ -121,6 +126,12 @@ def test_processes_compute_together_and_know_who_writes(start):
         {"process": 0, "main": True, "agreed": [True], "sum": expected},
         {"process": 1, "main": False, "agreed": [True], "sum": expected},
     ]
+    assert [ended(process, MARGIN_SECONDS) for process in processes] == [(True, "")] * 2
+
+
+def test_a_process_that_is_slower_than_gloo_waits_is_waited_for(start):
+    processes = start("be slow")
+    assert [said(process)["process"] for process in processes] == [0, 1]
     assert [ended(process, MARGIN_SECONDS) for process in processes] == [(True, "")] * 2
 
 
