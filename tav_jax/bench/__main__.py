@@ -42,6 +42,7 @@ def _measure_all(
                 repeats=args.repeats,
                 target=target,
                 hlo_folder=args.dump_hlo,
+                profile_folder=args.profile,
             )
         except DoesNotFitError as error:
             raise error.with_advice(bench_flags) from None
@@ -53,9 +54,14 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--repeats {args.repeats}: expected 1 or more")
     if args.plot and args.aot:
         raise UserError("--plot: --aot runs nothing, so there are no times to draw")
+    if args.profile and args.aot:
+        raise UserError("--profile: --aot runs nothing, so there is nothing to trace")
     settings = args.size or [], args.frames, args.attention_scope, args.gradient_checkpointing
-    if args.dump_hlo and any(len(values) > 1 for values in settings):
-        raise UserError("--dump-hlo: each program has one file, so give one value to each flag")
+    if any(len(values) > 1 for values in settings):
+        if args.dump_hlo:
+            raise UserError("--dump-hlo: each program has one file, so give one value to each flag")
+        if args.profile:
+            raise UserError("--profile: each program has one trace, so give one value to each flag")
 
 
 def _load(args: argparse.Namespace, name: str, dtype: str) -> Networks:

@@ -59,6 +59,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--dump-hlo", type=Path, metavar="DIR", help="write each compiled program as NAME.hlo"
     )
     parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="DIR",
+        help="trace each program into DIR/NAME, and print the operations that take longest",
+    )
+    parser.add_argument(
         "--aot",
         metavar="TARGET",
         help="compile for a GPU or a TPU slice that is not here: h100, h200, v5e:2x2",

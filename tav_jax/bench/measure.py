@@ -15,6 +15,7 @@ from tav_jax.bench.attention import chosen_attention
 from tav_jax.bench.cards import GpuWork
 from tav_jax.bench.gpu_hlo import read_kernels
 from tav_jax.bench.hlo import collective_bytes
+from tav_jax.bench.profile import Profile, profile_program
 from tav_jax.bench.programs import PROGRAMS, Networks, Program, tune_step_program
 from tav_jax.bench.topology import Target
 from tav_jax.models.attention.dispatch import AttentionScope
@@ -57,6 +58,7 @@ class ProgramResult:
         gradient_checkpointing: The preset it is compiled with; None without a backward pass.
         seconds: Median time of one run; None if it is only compiled.
         gpu: Work of its kernels, if it is compiled for a GPU that is not here.
+        profile: Where its time goes, if it was traced.
     """
 
     name: str
@@ -67,6 +69,7 @@ class ProgramResult:
     gradient_checkpointing: GradientCheckpointing | None
     seconds: float | None
     gpu: GpuWork | None = None
+    profile: Profile | None = None
 
     @property
     def flops_per_second(self) -> float | None:
@@ -105,6 +108,7 @@ def measure(
     repeats: int,
     target: Target | None = None,
     hlo_folder: Path | None = None,
+    profile_folder: Path | None = None,
 ) -> SettingResult:
     """Compile the programs of one setting for the current mesh, and time them.
 
@@ -115,6 +119,7 @@ def measure(
         repeats: Timed runs of each program, from 1.
         target: The devices of the mesh, if they are not here; then nothing is run.
         hlo_folder: Where to write each compiled program, as `NAME.hlo`.
+        profile_folder: Where to write a trace of each program, into a folder of its name.
 
     Raises:
         DoesNotFitError: no preset of gradient checkpointing that is allowed fits.
@@ -123,7 +128,13 @@ def measure(
     attention = chosen_attention(networks, setting.size)
     programs = [
         measure_program(
-            networks, setting, name, repeats=repeats, target=target, hlo_folder=hlo_folder
+            networks,
+            setting,
+            name,
+            repeats=repeats,
+            target=target,
+            hlo_folder=hlo_folder,
+            profile_folder=profile_folder,
         )
         for name in names
     ]
@@ -138,6 +149,7 @@ def measure_program(
     repeats: int,
     target: Target | None,
     hlo_folder: Path | None,
+    profile_folder: Path | None,
 ) -> ProgramResult:
     """Compile one program, and time it if its devices are here; see `measure`."""
     began = time.perf_counter()
@@ -164,6 +176,9 @@ def measure_program(
         gradient_checkpointing=preset,
         seconds=None if target else time_program(program, compiled, repeats),
         gpu=card.work(read_kernels(hlo)) if card else None,
+        profile=(
+            profile_program(program, compiled, profile_folder / name) if profile_folder else None
+        ),
     )
 
 
@@ -193,16 +208,9 @@ def compile_tune_step(
 
 def time_program(program: Program, compiled: jax.stages.Compiled, repeats: int) -> float:
     """Return the median seconds of `repeats` runs, after one that is not counted."""
-    inputs = program.materialise()
-    times = []
-    for _ in range(1 + repeats):
-        began = time.perf_counter()
-        result = jax.block_until_ready(compiled(*inputs))
-        times.append(time.perf_counter() - began)
-        if program.feeds_back:
-            first = result[0] if isinstance(result, tuple) and len(result) == 2 else result
-            inputs = first, *inputs[1:]
-    return statistics.median(times[1:])
+    runs = program.runs(compiled)
+    next(runs)  # not counted: it also makes the inputs
+    return statistics.median(_seconds(lambda: next(runs)) for _ in range(repeats))
 
 
 def peak_bytes() -> int:

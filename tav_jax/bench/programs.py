@@ -1,6 +1,6 @@
 """The five programs in which a run spends its time, with inputs to compile and to run them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -194,6 +194,16 @@ class Program:
         """Compile for the current mesh; its devices need not be here."""
         lowered = self.function.lower(*self.abstract_inputs(), **self.settings)
         return lowered.compile(compiler_options or None)
+
+    def runs(self, compiled: jax.stages.Compiled) -> Iterator[None]:
+        """Run the compiled program once for each `next`, and wait for the result."""
+        inputs = self.materialise()
+        while True:
+            result = jax.block_until_ready(compiled(*inputs))
+            if self.feeds_back:
+                first = result[0] if isinstance(result, tuple) and len(result) == 2 else result
+                inputs = first, *inputs[1:]
+            yield
 
 
 def tune_step_program(networks: Networks, size: Size) -> Program:

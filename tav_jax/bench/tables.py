@@ -6,6 +6,7 @@ from typing import Any
 
 from tav_jax.bench.cards import GpuWork
 from tav_jax.bench.measure import ProgramResult, SettingResult
+from tav_jax.bench.profile import LARGEST, Profile
 
 
 def to_json(result: SettingResult) -> dict[str, Any]:
@@ -39,7 +40,29 @@ def _program_to_json(program: ProgramResult) -> dict[str, Any]:
         metrics |= {"kernels": program.gpu.kernels, "moved_bytes": sum(moved.values())}
         metrics |= {f"moved_bytes_{kind}": size for kind, size in moved.items()}
         metrics["floor_ms"] = round(1000 * program.gpu.floor_seconds, 3)
+    if program.profile is not None:
+        metrics["profile"] = _profile_to_json(program.profile)
     return row | {f"{program.name}_{metric}": value for metric, value in metrics.items()}
+
+
+def _profile_to_json(profile: Profile) -> dict[str, Any]:
+    return {
+        "ms": round(1000 * profile.seconds, 3),
+        "busy_ms": round(1000 * profile.busy_seconds, 3),
+        "ms_by_kind": {
+            kind: round(1000 * seconds, 3) for kind, seconds in profile.seconds_by_kind().items()
+        },
+        "largest": [
+            {
+                "name": operation.name,
+                "kind": operation.kind,
+                "runs": round(operation.runs, 1),
+                "ms": round(1000 * operation.seconds, 3),
+                "share": round(operation.seconds / profile.busy_seconds, 4),
+            }
+            for operation in profile.operations[:LARGEST]
+        ],
+    }
 
 
 def table(results: Sequence[SettingResult], matmul_rate: float | None) -> str:
@@ -69,6 +92,8 @@ def table(results: Sequence[SettingResult], matmul_rate: float | None) -> str:
         lines += [
             _gpu_line(program.name, program.gpu) for program in result.programs if program.gpu
         ]
+        for program in result.programs:
+            lines += _profile_lines(program.name, program.profile) if program.profile else []
         if result.peak_bytes is not None:
             lines.append(f"  peak so far {result.peak_bytes / 1e9:.2f} GB")
     return "\n".join(lines)
@@ -94,6 +119,22 @@ def _gpu_line(name: str, work: GpuWork) -> str:
         f"  {name:15} {work.kernels} kernels move {sum(moved.values()) / 1e9:.2f} GB "
         f"({kinds}), floor {1000 * work.floor_seconds:.2f} ms"
     )
+
+
+def _profile_lines(name: str, profile: Profile) -> list[str]:
+    kinds = ", ".join(
+        f"{kind.replace('_', ' ')} {1000 * seconds:.2f}"
+        for kind, seconds in profile.seconds_by_kind().items()
+    )
+    first = (
+        f"  {name:15} traced: a run takes {1000 * profile.seconds:.2f} ms, its operations together "
+        f"{1000 * profile.busy_seconds:.2f} ms ({kinds}); those that take longest:"
+    )
+    return [first] + [
+        f"  {'':15} {1000 * operation.seconds:10.3f} ms "
+        f"{operation.seconds / profile.busy_seconds:5.1%} {operation.runs:6.0f} x {operation.name}"
+        for operation in profile.operations[:LARGEST]
+    ]
 
 
 def plot(results: Sequence[SettingResult], path: Path) -> None:

@@ -53,9 +53,25 @@ def test_people_get_a_table(capsys):
     assert "decode" in said
 
 
+def test_a_trace_says_which_operations_take_longest(capsys, tmp_path):
+    arguments = [*TINY, "--programs", "encode", "--profile", str(tmp_path)]
+    profile = metrics(capsys, *arguments)["encode_profile"]
+    shares = [operation["share"] for operation in profile["largest"]]
+    assert len(shares) > 3
+    assert shares == sorted(shares, reverse=True)
+    assert 0.5 < sum(shares) < 1.001
+    assert sum(profile["ms_by_kind"].values()) == pytest.approx(profile["busy_ms"], rel=0.01)
+    assert list(tmp_path.glob("encode/**/*.trace.json.gz"))
+
+    assert bench.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert profile["largest"][0]["name"] in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--profile", "p", "--size", "32,64"], "--profile: .* one value to each flag"),
         (["--size", "36"], r"--size \[36\]: this model takes multiples of 8"),
         (["--repeats", "0"], "--repeats 0: expected 1 or more"),
         (["--model", "no-such-model"], "no folder 'no-such-model'"),
