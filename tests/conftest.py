@@ -131,14 +131,25 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def free_memory():
-    """Drops compiled programs after each file. Otherwise a worker would keep gigabytes of them."""
-    yield
+def drop_programs() -> None:
     jax.clear_caches()
     gc.collect()
     with contextlib.suppress(AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_memory():
+    """Drops compiled programs after each file. Otherwise a worker would keep gigabytes of them."""
+    yield
+    drop_programs()
+
+
+@pytest.fixture
+def free_memory_at_once():
+    """Does the same after a test that compiles a gigabyte."""
+    yield
+    drop_programs()
 
 
 @pytest.fixture

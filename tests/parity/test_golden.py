@@ -14,8 +14,11 @@ from jax.experimental import pallas as pl
 
 from tav_jax.models.attention import chunked
 
-# One prompt of the text case is too long on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore:prompt of")
+pytestmark = [
+    # One prompt of the text case is too long on purpose.
+    pytest.mark.filterwarnings("ignore:prompt of"),
+    pytest.mark.usefixtures("free_memory_at_once"),
+]
 
 FOLDER = Path(__file__).parents[1] / "golden"
 
