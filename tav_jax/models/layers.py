@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
@@ -23,7 +24,7 @@ class NoRngs(nnx.Rngs):
     """Given to a module instead of a source of randomness, it leaves shapes in place of values."""
 
     def __init__(self) -> None:
-        super().__init__(0)
+        pass  # A key would be an operation on a device, which may not be here.
 
 
 def draw(
@@ -163,7 +164,7 @@ class Linear(nnx.Module):
         self, in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs
     ):
         self.kernel = nnx.Param(draw(rngs, fan_in_uniform, (in_features, out_features)))
-        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
+        self.bias = nnx.Param(np.zeros(out_features, np.float32)) if use_bias else None
 
     def __call__(self, x: Float[Array, "*axes i"]) -> Float[Array, "*axes o"]:
         """Return x times the kernel, plus the bias."""
@@ -195,7 +196,7 @@ class Conv(nnx.Module):
     ):
         shape = (kernel_size, kernel_size, in_channels, out_channels)
         self.kernel = nnx.Param(draw(rngs, fan_in_uniform, shape))
-        self.bias = nnx.Param(jnp.zeros(out_channels))
+        self.bias = nnx.Param(np.zeros(out_channels, np.float32))
         self.stride = stride
         self.padding = (kernel_size // 2, kernel_size // 2) if padding is None else padding
 
@@ -211,8 +212,8 @@ class GroupNorm(nnx.Module):
     """`group_norm` with its parameters. The arguments are described there."""
 
     def __init__(self, num_groups: int, num_channels: int, *, eps: float, joint_frames: bool):
-        self.scale = nnx.Param(jnp.ones(num_channels))
-        self.bias = nnx.Param(jnp.zeros(num_channels))
+        self.scale = nnx.Param(np.ones(num_channels, np.float32))
+        self.bias = nnx.Param(np.zeros(num_channels, np.float32))
         self.num_groups = num_groups
         self.eps = eps
         self.joint_frames = joint_frames
@@ -238,8 +239,8 @@ class LayerNorm(nnx.Module):
     """
 
     def __init__(self, num_channels: int, *, eps: float = 1e-5):
-        self.scale = nnx.Param(jnp.ones(num_channels))
-        self.bias = nnx.Param(jnp.zeros(num_channels))
+        self.scale = nnx.Param(np.ones(num_channels, np.float32))
+        self.bias = nnx.Param(np.zeros(num_channels, np.float32))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*axes c"]) -> Float[Array, "*axes c"]:

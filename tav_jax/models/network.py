@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
@@ -68,7 +69,8 @@ def init_network(module_class: type[Module], config: Any, key: PRNGKey) -> Netwo
     """Return a network with new random parameters in float32."""
     # Not jitted: compiling one program of hundreds of draws takes longer than the draws.
     module: nnx.Module = module_class(config, ComputeOptions(), rngs=nnx.Rngs(key))  # type: ignore[call-arg]
-    return Network(module_class, config, _flat(nnx.state(module)))
+    params = {name: jnp.asarray(value) for name, value in _flat(nnx.state(module)).items()}
+    return Network(module_class, config, params)
 
 
 def parameter_shapes(module_class: type[Module], config: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -80,7 +82,8 @@ def parameter_shapes(module_class: type[Module], config: Any) -> dict[str, jax.S
 def _definition(
     module_class: type, config: Any, compute: ComputeOptions
 ) -> tuple[nnx.GraphDef, dict]:
-    # Not `nnx.eval_shape`: to trace the initialisation of v1-4's U-Net takes eight seconds.
+    # Not `nnx.eval_shape`: to trace the initialisation of v1-4's U-Net takes eight seconds. No
+    # operation of JAX runs here, because the current mesh may have devices that are not here.
     graphdef, state = nnx.split(module_class(config, compute, rngs=NoRngs()))
     shapes = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flat(state).items()
