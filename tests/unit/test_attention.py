@@ -293,6 +293,7 @@ def test_gradients_through_a_mask_are_finite_and_zero_where_hidden(heads):
 def test_heads_are_neighbouring_slices_of_the_width(key):
     # Cross-attention: 3 queries of width 6 in 2 heads, 4 context tokens of width 5.
     module = Attention(6, 2, context_dim=5, rngs=nnx.Rngs(0))
+    nnx.update(module, jax.tree.map(jnp.asarray, nnx.state(module)))
     module.to_out[0].bias[...] = jnp.arange(6.0)
     draws = jax.random.normal(key, (2, 4, 6))
     x, context = draws[:, :3], draws[..., :5]
