@@ -15,7 +15,7 @@ from tav_jax.runs.config import parse_mesh
 from tav_jax.runs.render import sample_run
 from tav_jax.runs.samples import Sample, plan_samples
 from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings
-from tav_jax.settings import find_problems
+from tav_jax.settings import WrongSettingsError, parse
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -76,10 +76,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace, given: dict[str, Any]) -> None:
-    problems = [
-        f"--{name.replace('_', '-')}: {problem}" if name else problem
-        for name, problem in find_problems(SamplingSettings, given)
-    ]
+    problems = []
+    try:
+        parse(SamplingSettings, given, "options")
+    except WrongSettingsError as error:
+        problems = [
+            f"--{name.replace('_', '-')}: {problem}" if name else problem
+            for name, problem in error.problems
+        ]
     if args.batch_size < 1:
         problems.append(f"--batch-size {args.batch_size}: expected 1 or more")
     if problems:

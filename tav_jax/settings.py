@@ -62,31 +62,31 @@ def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
+class WrongSettingsError(UserError):
+    """Some keys or values are wrong.
+
+    Args:
+        where: Where they are from.
+        problems: Each wrong key with what is wrong about it. The key is empty if a combination of
+            values is wrong.
+    """
+
+    def __init__(self, where: str, problems: Sequence[tuple[str, str]]):
+        lines = (f"  {key}: {text}" if key else f"  {text}" for key, text in problems)
+        super().__init__(f"{where}:\n" + "\n".join(sorted(lines)))
+        self.problems = problems
+
+
 def parse(settings: type[T], tree: dict[str, Any], where: str) -> T:
     """Return a pydantic dataclass from nested dictionaries.
 
     Raises:
-        UserError: keys or values are wrong; all are listed.
+        WrongSettingsError: keys or values are wrong; all are listed.
     """
     try:
         return TypeAdapter(settings).validate_python(tree)
     except ValidationError as error:
-        lines = (
-            f"  {key}: {text}" if key else f"  {text}" for key, text in _explain(error, settings)
-        )
-        raise UserError(f"{where}:\n" + "\n".join(sorted(lines))) from None
-
-
-def find_problems(settings: type, tree: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return each wrong key of a tree with what is wrong about it, as `parse` explains it.
-
-    The key is empty if a combination of values is wrong.
-    """
-    try:
-        TypeAdapter(settings).validate_python(tree)
-    except ValidationError as error:
-        return list(_explain(error, settings))
-    return []
+        raise WrongSettingsError(where, list(_explain(error, settings))) from None
 
 
 def _set(tree: dict[str, Any], override: str) -> str | None:
@@ -109,11 +109,11 @@ def _set(tree: dict[str, Any], override: str) -> str | None:
 def _explain(error: ValidationError, settings: type) -> Iterator[tuple[str, str]]:
     known = list(_known_keys(settings))
     for problem in error.errors():
-        yield ".".join(str(part) for part in problem["loc"]), _explain_one(problem, known)
+        key = ".".join(str(part) for part in problem["loc"])
+        yield key, _explain_one(problem, key, known)
 
 
-def _explain_one(problem: Any, known: Sequence[str]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+def _explain_one(problem: Any, key: str, known: Sequence[str]) -> str:
     if problem["type"] == "unexpected_keyword_argument":
         by_name = {path.split(".")[-1]: path for path in known}
         name = str(problem["loc"][-1])

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from tav_jax.errors import UserError
 from tav_jax.runs.samples import Job, Sample, plan_samples
 from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings, Seed
-from tav_jax.settings import find_problems, parse
+from tav_jax.settings import WrongSettingsError, parse
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -44,7 +44,11 @@ class Item(NamedTuple):
 
     @classmethod
     def from_row(cls, given: dict[str, Any]) -> "Item":
-        """Return the item of a row, which has no problems."""
+        """Return the item of a row.
+
+        Raises:
+            WrongSettingsError: keys or values are wrong.
+        """
         row = parse(Row, given, "row")
         settings = {name: getattr(row, name) for name in SETTING_NAMES if name in given}
         if not row.use_inv_latent:
@@ -75,15 +79,19 @@ def read_plan(path: Path) -> list[Item]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     rows = list(_csv_rows(text) if path.suffix == ".csv" else _yaml_rows(text, path))
-    problems = {
-        f"  {where}{name}: {problem}" if name else f"  {where}{problem}"
-        for where, row in rows
-        for name, problem in find_problems(Row, row)
-    }
+    items, problems = [], set()
+    for where, row in rows:
+        try:
+            items.append(Item.from_row(row))
+        except WrongSettingsError as error:
+            problems |= {
+                f"  {where}{name}: {problem}" if name else f"  {where}{problem}"
+                for name, problem in error.problems
+            }
     if problems or not rows:
         lines = sorted(problems) or ["  it asks for nothing: name runs and prompts"]
         raise UserError(f"{path}:\n" + "\n".join(lines))
-    return list(dict.fromkeys(Item.from_row(row) for _, row in rows))
+    return list(dict.fromkeys(items))
 
 
 def _csv_rows(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
