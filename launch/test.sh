@@ -27,7 +27,4 @@ venv=${VENV:-.venv}
 if [[ "${1-}" != --quick ]]; then
     "$venv/bin/mypy"
 fi
-if [[ "${1-}" == --all ]]; then
-    "$venv/bin/python" tests/golden.py tests/golden
-fi
 "$venv/bin/python" -m pytest -n 2 --dist worksteal "${selection[@]}" tests

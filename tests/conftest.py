@@ -87,6 +87,8 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(tier)
 
 
+# No test asks the Hub, and a machine without a network would wait for it. Read at import.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Of which only tests of meshes use more than the first.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -112,7 +114,8 @@ def quick_compilation_flags() -> str:
 
 
 # Compiling is most of the tests' time. LLVM's costly passes are left out, and fusions are written
-# in the older way, which takes half as long; `tests/golden.py` has it all as users have it.
+# in the older way, which takes half as long. Programs that tests run with `users_environment` have
+# it all as users have it.
 # What one test compiles the others load, those of pytest-xdist's other workers and the processes
 # that tests start among them: all inherit this folder, which is the session's and never the user's.
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -31,7 +31,6 @@ def test_images_show_what_captions_say(capsys, tmp_path):
     assert sheet.is_file()
 
 
-def test_a_model_that_is_not_there_ends_in_a_line(capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_model_that_is_not_there_ends_in_a_line(capsys):
     assert text_to_image.main(["--model", "/no/such/folder"]) == 1
     assert "/no/such/folder" in capsys.readouterr().err

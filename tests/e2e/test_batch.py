@@ -451,5 +451,5 @@ def test_each_worker_of_a_gpu_host_has_a_gpu(monkeypatch):
 
 def test_asking_for_the_devices_takes_none(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "3")
     assert devices_here() == ("cpu", 3), "it is another process that asks"

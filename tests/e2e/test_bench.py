@@ -89,8 +89,7 @@ def test_a_trace_says_which_operations_take_longest(capsys, tmp_path):
         ),
     ],
 )
-def test_mistakes_end_in_a_line(capsys, monkeypatch, arguments, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_mistakes_end_in_a_line(capsys, arguments, message):
     assert bench.main(arguments) == 1
     assert re.search(message, capsys.readouterr().err)
 

@@ -85,7 +85,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
                 "TAV_JAX_HEARTBEAT_SECONDS": str(HEARTBEAT_SECONDS),
                 "TAV_JAX_START_SECONDS": "300" if len(processes) == 2 else "3",
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+                "JAX_NUM_CPU_DEVICES": "4",
                 "PYTHONPATH": str(REPOSITORY),
             }
             started.append(

@@ -95,7 +95,7 @@ def start_two(start, monkeypatch):
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         settings = {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "JAX_NUM_CPU_DEVICES": "4",
             "JAX_PLATFORMS": "cpu",
             "TAV_JAX_COORDINATOR": f"127.0.0.1:{port}",
             "TAV_JAX_NUM_PROCESSES": "2",

@@ -18,7 +18,7 @@ from tav_jax.worlds.tiny_scenes.world import SIZE, WORDS
 
 FEW = (
     *("scenes=24", "vae_steps=4", "vae_batch=4", "steps=4", "batch=8"),
-    *("group_share=0.5", "probe=3", "checkpointing_steps=2"),
+    *("group_share=1", "probe=3", "checkpointing_steps=2"),
 )
 
 

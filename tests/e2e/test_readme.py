@@ -17,7 +17,7 @@ def test_the_programs_of_the_readme_run_as_printed(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", "".join(programs)],
         cwd=tmp_path,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"},
         capture_output=True,
         text=True,
         check=False,

@@ -469,7 +469,7 @@ def find_elsewhere(requests, **environment):
     """
     result = subprocess.run(
         [sys.executable, "-c", FIND, json.dumps(requests)],
-        env=os.environ | {"HF_HUB_DISABLE_XET": "1"} | environment,
+        env=os.environ | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"} | environment,
         cwd=ROOT,
         capture_output=True,
         text=True,
