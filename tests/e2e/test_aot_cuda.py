@@ -20,6 +20,7 @@ from tav_jax.bench.gpu_hlo import read_kernels, total_bytes
 from tav_jax.bench.hlo import collective_bytes
 from tav_jax.bench.programs import PROGRAMS, Networks
 from tav_jax.bench.topology import assume_cudnn, find_target
+from tav_jax.models.attention.frame_attention import sparse_causal_attention, spatial_attention
 from tav_jax.models.clip import CLIPTextModel
 from tav_jax.models.compute import ComputeOptions
 from tav_jax.models.network import Network, in_modules, parameter_shapes
@@ -151,6 +152,27 @@ def small_program(target, function, *shapes):
         inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
         program = jax.jit(function).lower(*inputs).compile(target.compiler_options)
     return read_kernels(program.as_text())
+
+
+@pytest.mark.parametrize(
+    ("frames", "tokens", "keys", "width"),
+    [
+        (8, 4096, 77, 40),
+        (1, 31 * 33, 77, 40),
+        (24, 1024, 78, 80),
+        (3, 31 * 17, 1, 80),
+        (8, 256, 77, 160),
+        (24, 64, 77, 160),
+    ],
+)
+def test_attention_and_its_gradients_at_the_widths_of_v1_4(targets, frames, tokens, keys, width):
+    def loss(video, text):
+        out = sparse_causal_attention(video, video, video) + spatial_attention(video, text, text)
+        return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+    shapes = (1, frames, tokens, 8, width), (1, 1, keys, 8, width)
+    kernels = small_program(targets[1], jax.value_and_grad(loss, argnums=(0, 1)), *shapes)
+    assert (total_bytes(kernels, "attention") > 0) == (width <= 128)
 
 
 def flops(kernels):
