@@ -5,13 +5,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tav_jax.console import command, say
+from tav_jax.console import Parser, command, say
 from tav_jax.errors import UserError
 from tav_jax.files import first_unwritable_parent
 from tav_jax.runs.batch_plan import plan_jobs, read_plan
 from tav_jax.runs.batch_processes import devices_here, run_workers, worker_environments
 from tav_jax.runs.batch_work import missing_samples, read_manifest, work, write_manifest
 from tav_jax.runs.render import warn_unused_seeds
+from tav_jax.settings import BatchSize, wrong_option
 
 PLAN_FORMAT = """\
 A plan in YAML asks for every prompt and seed of every run:
@@ -36,7 +37,7 @@ PLAN.manifest.jsonl has a line for each video: run, settings, path, bytes, SHA-2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tav_jax.batch",
         description="Sample a plan of runs, prompts and seeds. Videos that exist are skipped.\n"
         "Several processes may share a plan, also on several hosts that share the runs' folders.",
@@ -59,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the batch command with these arguments, by default the process's own."""
     args = _parser().parse_args(argv)
     numbers = {"--batch-size": args.batch_size, "--workers": args.workers}
-    if wrong := [f"{name} {value}" for name, value in numbers.items() if value < 1]:
-        raise UserError("\n".join(f"{one}: expected 1 or more" for one in wrong))
+    wrong = [wrong_option(name, BatchSize, value) for name, value in numbers.items()]
+    if problems := [problem for problem in wrong if problem]:
+        raise UserError("\n".join(problems))
     jobs = plan_jobs(read_plan(args.plan))
     manifest = args.manifest or args.plan.with_suffix(".manifest.jsonl")
     if place := first_unwritable_parent(manifest.absolute().parent):

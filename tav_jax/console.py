@@ -1,6 +1,8 @@
-"""What all commands share: log lines, exit status, and the compilation cache."""
+"""What all commands share: arguments, log lines, exit status, and the compilation cache."""
 
+import argparse
 import functools
+import io
 import os
 import signal
 import sys
@@ -9,13 +11,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from tqdm import tqdm
 
 from tav_jax.errors import UserError, is_machine_error
 from tav_jax.parallel import processes as distributed
+from tav_jax.text import printable, shorten
 
 Main = Callable[[Sequence[str] | None], None]
 
@@ -23,11 +26,33 @@ Main = Callable[[Sequence[str] | None], None]
 def say(text: str) -> None:
     """Print a line above any progress bar. In a job of several processes the main one prints."""
     if distributed.is_main_process():
-        tqdm.write(text)
+        tqdm.write(printable(text))
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of a command line whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong with the arguments, and end the process with status 2."""
+        self.exit(2, f"error: {shorten(message, 400)}; --help shows the arguments\n")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+    tqdm.write(printable(f"warning: {message}"), file=sys.stderr)
+
+
+def _print_error(error: Exception) -> None:
+    where, *problems = str(error).split("\n")
+    if len(problems) == 1 and where.endswith(":"):  # a list of one problem
+        where, problems = f"{where} {problems[0].strip()}", []
+    print(printable("\n".join([f"error: {where}", *problems])), file=sys.stderr)
+
+
+def _write_in_any_locale() -> None:
+    """Let characters that the terminal's encoding lacks be printed as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def keep_compiled_programs() -> None:
@@ -112,6 +137,7 @@ def command(main: Main) -> Callable[..., int]:
 
     def run(argv: Sequence[str] | None) -> int:
         keep_compiled_programs()
+        _write_in_any_locale()
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = _show_warning
@@ -127,7 +153,7 @@ def command(main: Main) -> Callable[..., int]:
                 expected = isinstance(error, UserError) or is_machine_error(error)
                 if not expected or os.environ.get("TAV_JAX_TRACEBACK"):
                     raise
-                print(f"error: {error}", file=sys.stderr)
+                _print_error(error)
                 return 1
             else:
                 return 0

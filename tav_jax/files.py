@@ -10,15 +10,18 @@ until that file is removed.
 
 import errno
 import hashlib
-import json
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from tav_jax.errors import UserError
+from tav_jax.reading import MOST_RECORD_BYTES, parse_json, read_text
 
 POLL = 0.2  # seconds between two attempts to get a claim
 
@@ -39,22 +42,45 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def keep_json_lines(path: Path, keep: Callable[[Any], bool] = lambda value: True) -> list[Any]:
-    """Drop lines from a JSON Lines file, and return the values of the others.
+def keep_json_lines(
+    path: Path, keep: Callable[[dict[str, Any]], bool] = lambda value: True
+) -> list[dict[str, Any]]:
+    """Drop lines from a file of JSON objects, one a line, and return the objects of the others.
 
-    A last line without a newline is dropped too: a killed process left it half-written.
+    A last line without a newline is dropped too: a killed process left it half-written. Any other
+    line that is no object is moved to a file beside this one, with `.damaged` after its name.
 
     Args:
         path: The file. If it does not exist, nothing is written.
-        keep: Tells whether to keep a line's value.
+        keep: Tells whether to keep an object's line.
+
+    Raises:
+        UserError: The path is no file, or not UTF-8.
     """
-    if not path.is_file():
+    if not path.exists():
         return []
-    complete = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")]
-    kept = [(line, value) for line in complete if keep(value := json.loads(line))]
+    complete = [f"{line}\n" for line in read_text(path, MOST_RECORD_BYTES).split("\n")[:-1]]
+    kept, damaged, values = [], [], []
+    for line in complete:
+        try:
+            value = parse_json(line, str(path))
+            is_kept = keep(value)
+        except (UserError, LookupError, TypeError, ValueError):
+            damaged.append(line)
+        else:
+            if is_kept:
+                kept.append(line)
+                values.append(value)
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        with aside.open("a", encoding="utf-8") as file:
+            file.writelines(damaged)
+        warnings.warn(
+            f"{path}: {len(damaged)} damaged lines were moved to {aside.name}", stacklevel=2
+        )
     with atomic_write(path) as partial:
-        partial.write_text("".join(line for line, _ in kept))
-    return [value for _, value in kept]
+        partial.write_text("".join(kept), encoding="utf-8")
+    return values
 
 
 def remove_partials(path: Path) -> None:

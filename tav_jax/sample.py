@@ -7,15 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from tav_jax.console import command
+from tav_jax.console import Parser, command
 from tav_jax.diffusion.samplers import SamplerName
 from tav_jax.errors import UserError
 from tav_jax.parallel import processes as distributed
+from tav_jax.reading import read_text
 from tav_jax.runs.config import parse_mesh
 from tav_jax.runs.render import sample_run
-from tav_jax.runs.samples import Sample, plan_samples
+from tav_jax.runs.samples import Sample, check_number_of_videos, plan_samples
 from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings
-from tav_jax.settings import WrongSettingsError, parse
+from tav_jax.settings import BatchSize, Text, WrongSettingsError, parse, wrong_option
+from tav_jax.text import SURROGATE, brief
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -25,10 +27,10 @@ def read_prompts(path: str | Path) -> list[str]:
         UserError: the file is missing, no text, or empty.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts: {path}: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+        text = read_text(Path(path))
+    except (OSError, UserError) as error:
+        raise UserError(f"--prompts: {error}") from None
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"--prompts: {path} has no prompts; write one a line")
     return prompts
@@ -45,7 +47,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tav_jax.sample",
         description="Sample new prompts from a tuned run. What is not given is as the run's "
         "config.yaml has it; videos that are there already are skipped.",
@@ -84,19 +86,10 @@ def _check(args: argparse.Namespace, given: dict[str, Any]) -> None:
             f"--{name.replace('_', '-')}: {problem}" if name else problem
             for name, problem in error.problems
         ]
-    if args.batch_size < 1:
-        problems.append(f"--batch-size {args.batch_size}: expected 1 or more")
+    if problem := wrong_option("--batch-size", BatchSize, args.batch_size):
+        problems.append(problem)
     if problems:
         raise UserError("\n".join(problems))
-
-
-def _is_text(prompt: str) -> bool:
-    """Tells whether a prompt is Unicode; a terminal of another encoding may give what is not."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @command
@@ -110,8 +103,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
         raise UserError("no prompts: give --prompt TEXT or --prompts FILE")
-    if garbled := [prompt for prompt in prompts if not _is_text(prompt)]:
-        raise UserError("\n".join(f"--prompt: not text: {one!r}" for one in garbled))
+    # A terminal of another encoding may give what is not text.
+    if garbled := [prompt for prompt in prompts if SURROGATE.search(prompt)]:
+        raise UserError("\n".join(f"--prompt: not text: {brief(one)}" for one in garbled[:5]))
+    if wrong := [problem for one in prompts if (problem := wrong_option("--prompt", Text, one))]:
+        raise UserError("\n".join(wrong[:5]))
+    check_number_of_videos(len(prompts) * len(args.seeds or [0]), "--prompts, --seeds")
 
     def make_samples(default: Sample) -> list[Sample]:
         changes = given | ({"num_inv_steps": None} if args.random_noise else {})

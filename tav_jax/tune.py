@@ -3,13 +3,12 @@
 The same command run again resumes from the last checkpoint.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 
-from tav_jax.console import command, say
+from tav_jax.console import Parser, command, say
 from tav_jax.errors import NotLearningError, UserError
 from tav_jax.parallel import processes as distributed
 from tav_jax.parallel.sharding import on_mesh
@@ -90,7 +89,7 @@ def tune_all(configs: Sequence[TuneConfig]) -> None:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tune command with these arguments, by default the process's own."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tav_jax.tune",
         description="Tune a text-to-image model on one captioned clip and sample edits of it. "
         "Run again, the same command goes on from the last checkpoint.",

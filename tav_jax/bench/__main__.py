@@ -21,7 +21,8 @@ from tav_jax.console import command, say
 from tav_jax.errors import UserError
 from tav_jax.models.compute import PRECISION_DTYPES
 from tav_jax.parallel.sharding import make_mesh, on_mesh
-from tav_jax.runs.config import parse_mesh
+from tav_jax.runs.config import check_pixels, parse_mesh
+from tav_jax.settings import Count, wrong_option
 from tav_jax.training.memory import DoesNotFitError, Size
 
 
@@ -50,8 +51,12 @@ def _measure_all(
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other."""
-    if args.repeats < 1:
-        raise UserError(f"--repeats {args.repeats}: expected 1 or more")
+    numbers = {"--repeats": args.repeats, "--chips": args.chips}
+    wrong = [wrong_option(name, Count, value) for name, value in numbers.items()]
+    if problems := [problem for problem in wrong if problem]:
+        raise UserError("\n".join(problems))
+    for frames, side in product(args.frames, args.size or [1]):
+        check_pixels(frames, side, side)
     if args.plot and args.aot:
         raise UserError("--plot: --aot runs nothing, so there are no times to draw")
     if args.profile and args.aot:

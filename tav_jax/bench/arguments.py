@@ -3,16 +3,19 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from tav_jax.bench.programs import NETWORKS, PROGRAMS
+from tav_jax.console import Parser
 from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
+from tav_jax.settings import Frames, Side, wrong_option
+from tav_jax.text import shorten
 from tav_jax.training.memory import PRESETS, Alternative, Size
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tav_jax.bench",
         description="Time and memory of the programs that a run consists of: a tuning step, a "
         "guided DDIM step, an inversion step, the autoencoder. By default v1-4's networks with "
@@ -27,8 +30,8 @@ def make_parser() -> argparse.ArgumentParser:
     networks.add_argument(
         "--network", choices=list(NETWORKS), help="random weights of these shapes"
     )
-    parser.add_argument("--frames", type=_numbers, default=[8], metavar="N", help="8")
-    parser.add_argument("--size", type=_numbers, metavar="PIXELS", help="512; on a CPU 256")
+    parser.add_argument("--frames", type=_numbers(Frames), default=[8], metavar="N", help="8")
+    parser.add_argument("--size", type=_numbers(Side), metavar="PIXELS", help="512; on a CPU 256")
     parser.add_argument("--precision", choices=["no", "bf16"], help="bf16; on a CPU no")
     parser.add_argument("--attention", choices=get_args(AttentionImplementation), default="auto")
     parser.add_argument(
@@ -89,14 +92,22 @@ def bench_flags(alternative: Alternative, asked: Size) -> str:
     return " ".join(flags)
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = [0]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}': expected numbers from 1, as in 8,16")
-    return numbers
+def _numbers(kind: Any) -> Callable[[str], list[int]]:
+    """Return a reader of numbers, separated by commas, that have the bounds of a type."""
+
+    def read(text: str) -> list[int]:
+        try:
+            numbers = [int(part) for part in text.split(",")]
+        except ValueError:
+            numbers = [0]
+        if min(numbers) < 1:
+            expected = "expected numbers from 1, as in 8,16"
+            raise argparse.ArgumentTypeError(f"'{shorten(text, 60)}': {expected}")
+        if wrong := [problem for one in numbers if (problem := wrong_option("", kind, one))]:
+            raise argparse.ArgumentTypeError(wrong[0].strip())
+        return numbers
+
+    return read
 
 
 def _choices(*allowed: str) -> Callable[[str], list[str]]:

@@ -165,7 +165,7 @@ def measure_program(
     hlo = compiled.as_text() or ""  # written once: it is megabytes of text
     if hlo_folder:
         hlo_folder.mkdir(parents=True, exist_ok=True)
-        (hlo_folder / f"{name}.hlo").write_text(hlo)
+        (hlo_folder / f"{name}.hlo").write_text(hlo, encoding="utf-8")
     card = target.card if target else None
     return ProgramResult(
         name,

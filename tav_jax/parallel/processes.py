@@ -279,6 +279,13 @@ def broadcast_from_main(flags: Sequence[bool]) -> list[bool]:
     return [bool(flag) for flag in found]
 
 
+def broadcast_number_from_main(number: int) -> int:
+    """Return process 0's number, below 2^31, in all processes. All of them must call this."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.asarray(number, np.int32)))
+
+
 def exit_together(run: Callable[[], int]) -> int:
     """Return the exit status of `run`. In a job of several processes, end one that fails.
 

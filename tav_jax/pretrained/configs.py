@@ -1,17 +1,22 @@
 """Published JSON configs -> ours, and back.
 
 Each attribute is read, known to say nothing about the arithmetic, or demanded to have the one
-value that we compute; anything else is refused by name rather than computed wrongly.
+value that we compute; anything else is refused by name rather than computed wrongly. What is read
+has a type and bounds, since anybody may have written it.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tav_jax.diffusion.schedule import NoiseSchedule, make_schedule
 from tav_jax.errors import UserError
-from tav_jax.models.clip import ACTIVATIONS, CLIPTextConfig
+from tav_jax.models.clip import CLIPTextConfig
 from tav_jax.models.unet import UNetConfig
 from tav_jax.models.vae import VAEConfig
+from tav_jax.text import brief, shorten
+
+if TYPE_CHECKING:
+    from tav_jax.pretrained.published_json import PublishedJson
 
 Published = Mapping[str, Any]
 
@@ -68,6 +73,9 @@ SCHEDULER_DEMANDS: dict[str, tuple[Any, ...]] = {
     "trained_betas": (None,),
 }
 
+MOST_PROBLEMS = 20  # that one message lists
+MOST_KINDS = 3  # of unknown blocks that are named
+
 DOWN_BLOCKS = {"CrossAttnDownBlock": True, "DownBlock": False}
 UP_BLOCKS = {"CrossAttnUpBlock": True, "UpBlock": False}
 
@@ -78,41 +86,52 @@ def read_unet_config(published: Published, where: str = "unet/config.json") -> U
     Raises:
         UserError: attributes are missing, or ask for what we do not compute; all are listed.
     """
+    # Imported here and below because pydantic takes a tenth of a second.
+    from tav_jax.pretrained.published_json import UNetJson
+
     read = _Reader(published, where)
     read.demand(UNET_DEMANDS)
-    widths = tuple(read.need("block_out_channels", [0]))
+    down_attention = read.blocks("down_block_types", DOWN_BLOCKS)
+    up_attention = read.blocks("up_block_types", UP_BLOCKS)
     # The published name is a misnomer that stayed: the number is a count of heads.
-    heads = published.get("num_attention_heads") or read.need("attention_head_dim", 1)
-    heads = tuple(heads) if isinstance(heads, list | tuple) else (heads,) * len(widths)
-    config = UNetConfig(
-        in_channels=read.need("in_channels", 0),
-        out_channels=read.need("out_channels", 0),
-        block_out_channels=widths,
-        down_attention=read.blocks("down_block_types", DOWN_BLOCKS),
-        up_attention=read.blocks("up_block_types", UP_BLOCKS),
-        num_attention_heads=heads,
-        layers_per_block=read.integer("layers_per_block"),
-        cross_attention_dim=read.integer("cross_attention_dim"),
-        norm_num_groups=read.need("norm_num_groups", 1),
-        norm_eps=published.get("norm_eps", 1e-5),
-        use_linear_projection=published.get("use_linear_projection", False),
-        flip_sin_to_cos=published.get("flip_sin_to_cos", True),
-        freq_shift=float(published.get("freq_shift", 0)),
-        sample_size=published.get("sample_size") or 64,
-    )
-    for name in ("down_attention", "up_attention", "num_attention_heads"):
-        if len(getattr(config, name)) != len(widths):
-            read.problem(f"{name}: expected {len(widths)} levels, got {getattr(config, name)}")
-    for width, count in zip(widths, heads, strict=False):
-        if not count or not config.norm_num_groups:
-            read.problem("attention_head_dim and norm_num_groups: expected 1 or more")
-        elif width % count or width % config.norm_num_groups:
-            read.problem(
-                f"width {width}: not divisible by {count} heads and {config.norm_num_groups} groups"
-            )
+    if published.get("num_attention_heads"):
+        published = {**published, "attention_head_dim": published["num_attention_heads"]}
+    json = read.parse(UNetJson, published)
+    if json is not None:
+        widths, heads = json.block_out_channels, json.attention_head_dim
+        if len(heads) == 1:
+            heads = heads * len(widths)
+        levels: dict[str, Sequence[Any]] = {
+            "down_attention": down_attention,
+            "up_attention": up_attention,
+            "num_attention_heads": heads,
+        }
+        for name, value in levels.items():
+            if len(value) != len(widths):
+                read.problem(f"{name}: expected {len(widths)} levels, got {value}")
+        for width, count in zip(widths, heads, strict=False):
+            if width % count or width % json.norm_num_groups:
+                groups = f"{count} heads and {json.norm_num_groups} groups"
+                read.problem(f"width {width}: not divisible by {groups}")
     known = {*UNET_IRRELEVANT, "cross_attention_dim", "use_linear_projection", "norm_eps"}
     read.finish({*known, "flip_sin_to_cos", "freq_shift", "sample_size"})
-    return config
+    assert json is not None
+    return UNetConfig(
+        in_channels=json.in_channels,
+        out_channels=json.out_channels,
+        block_out_channels=tuple(widths),
+        down_attention=down_attention,
+        up_attention=up_attention,
+        num_attention_heads=tuple(heads),
+        layers_per_block=json.layers_per_block,
+        cross_attention_dim=json.cross_attention_dim,
+        norm_num_groups=json.norm_num_groups,
+        norm_eps=json.norm_eps,
+        use_linear_projection=json.use_linear_projection,
+        flip_sin_to_cos=json.flip_sin_to_cos,
+        freq_shift=json.freq_shift,
+        sample_size=json.sample_size[0],
+    )
 
 
 def write_unet_config(config: UNetConfig) -> dict[str, Any]:
@@ -197,22 +216,32 @@ def write_text_config(config: CLIPTextConfig) -> dict[str, Any]:
 
 def read_vae_config(published: Published, where: str = "vae/config.json") -> VAEConfig:
     """Return our config of an AutoencoderKL; raises as `read_unet_config` does."""
+    from tav_jax.pretrained.published_json import VaeJson
+
     read = _Reader(published, where)
     read.demand(VAE_DEMANDS)
     read.blocks("down_block_types", {"DownEncoderBlock": False})
     read.blocks("up_block_types", {"UpDecoderBlock": False})
-    config = VAEConfig(
-        in_channels=read.need("in_channels", 0),
-        out_channels=read.need("out_channels", 0),
-        latent_channels=read.need("latent_channels", 0),
-        block_out_channels=tuple(read.need("block_out_channels", [0])),
-        layers_per_block=read.integer("layers_per_block"),
-        norm_num_groups=read.need("norm_num_groups", 1),
-        # v1-4's own config is older than the attribute.
-        scaling_factor=published.get("scaling_factor", 0.18215),
-    )
+    json = read.parse(VaeJson, published)
+    if json is not None:
+        widths = json.block_out_channels
+        for name in ("down_block_types", "up_block_types"):
+            if len(getattr(json, name)) != len(widths):
+                read.problem(f"{name}: expected {len(widths)} levels")
+        for width in widths:
+            if width % json.norm_num_groups:
+                read.problem(f"width {width}: not divisible by {json.norm_num_groups} groups")
     read.finish({*VAE_IRRELEVANT, "scaling_factor"})
-    return config
+    assert json is not None
+    return VAEConfig(
+        in_channels=json.in_channels,
+        out_channels=json.out_channels,
+        latent_channels=json.latent_channels,
+        block_out_channels=tuple(widths),
+        layers_per_block=json.layers_per_block,
+        norm_num_groups=json.norm_num_groups,
+        scaling_factor=json.scaling_factor,
+    )
 
 
 def read_text_config(
@@ -223,24 +252,19 @@ def read_text_config(
     transformers writes dozens of attributes about generation into every config, which say nothing
     here, so only what would change the states is looked at.
     """
+    from tav_jax.pretrained.published_json import TextJson
+
     read = _Reader(published, where)
     read.demand({"model_type": ("clip_text_model",), "use_attention_mask": (False,)})
-    hidden_act = published.get("hidden_act", "quick_gelu")
-    if hidden_act not in ACTIVATIONS:
-        read.problem(f"hidden_act: '{hidden_act}' is none of {', '.join(ACTIVATIONS)}")
-        hidden_act = "gelu"
-    config = CLIPTextConfig(
-        vocab_size=read.need("vocab_size", 0),
-        hidden_size=read.need("hidden_size", 0),
-        intermediate_size=read.need("intermediate_size", 0),
-        num_hidden_layers=read.need("num_hidden_layers", 0),
-        num_attention_heads=read.need("num_attention_heads", 0),
-        max_position_embeddings=read.need("max_position_embeddings", 0),
-        layer_norm_eps=published.get("layer_norm_eps", 1e-5),
-        hidden_act=hidden_act,
-    )
+    json = read.parse(TextJson, published)
+    if json is not None and json.hidden_size % json.num_attention_heads:
+        read.problem(
+            f"hidden_size: {json.hidden_size} is not divisible by "
+            f"{json.num_attention_heads} num_attention_heads"
+        )
     read.finish(set(published))
-    return config
+    assert json is not None
+    return CLIPTextConfig(**json.model_dump())
 
 
 def read_schedule(
@@ -251,23 +275,37 @@ def read_schedule(
     Only the betas and the prediction type are read: v1-4 names PNDM there, the method samples
     with DDIM whatever it says, and clipping is off whatever it says.
     """
+    from tav_jax.pretrained.published_json import ScheduleJson
+
     read = _Reader(published, where)
     read.demand(SCHEDULER_DEMANDS)
-    beta_schedule = published.get("beta_schedule", "linear")
-    if beta_schedule not in ("linear", "scaled_linear"):
-        read.problem(f"beta_schedule: '{beta_schedule}' is neither linear nor scaled_linear")
-    prediction_type = published.get("prediction_type", "epsilon")
-    if prediction_type not in ("epsilon", "v_prediction"):
-        read.problem(f"prediction_type: '{prediction_type}' is neither epsilon nor v_prediction")
+    json = read.parse(ScheduleJson, published)
     read.finish(set(published))
-    return make_schedule(
-        num_train_timesteps=published.get("num_train_timesteps", 1000),
-        beta_start=published.get("beta_start", 0.0001),
-        beta_end=published.get("beta_end", 0.02),
-        beta_schedule=beta_schedule,
-        prediction_type=prediction_type,
-        set_alpha_to_one=published.get("set_alpha_to_one", True),
-    )
+    assert json is not None
+    return make_schedule(**json.model_dump())
+
+
+def check_tokenizer_config(published: Published, where: str) -> None:
+    """Raise `UserError` if a tokenizer's JSON has values of other types than transformers reads."""
+    from tav_jax.pretrained.published_json import TokenizerJson
+
+    _check(TokenizerJson, published, where)
+
+
+def check_index(published: Published, where: str = "model_index.json") -> None:
+    """Raise `UserError` if a model's index does not name a library and a class for each part."""
+    from tav_jax.pretrained.published_json import IndexJson
+
+    _check(IndexJson, published, where)
+
+
+Json = TypeVar("Json", bound="PublishedJson")
+
+
+def _check(model: type["PublishedJson"], published: Published, where: str) -> None:
+    read = _Reader(published, where)
+    read.parse(model, published)
+    read.finish(set(published))
 
 
 class _Reader:
@@ -282,40 +320,45 @@ class _Reader:
     def problem(self, text: str) -> None:
         self.problems.append(f"  {text}")
 
-    def need(self, name: str, stand_in: Any) -> Any:
-        """Return an attribute that must be there; `stand_in` lets the reading go on without."""
-        self.seen.add(name)
-        if self.published.get(name) is None:
-            self.problem(f"{name}: missing")
-            return stand_in
-        return self.published[name]
+    def parse(self, model: type[Json], published: Published) -> Json | None:
+        """Return the attributes that are read, or None if some are wrong. Null means absent."""
+        from pydantic import ValidationError
 
-    def integer(self, name: str) -> int:
-        value = self.need(name, 1)
-        if not isinstance(value, int):
-            self.problem(f"{name}: one number for all levels is supported, got {value}")
-            return 1
-        return value
+        from tav_jax.settings import explain
+
+        self.seen |= set(model.model_fields)
+        given = {name: published.get(name) for name in model.model_fields}
+        try:
+            return model.model_validate({k: v for k, v in given.items() if v is not None})
+        except ValidationError as error:
+            for name, text in explain(error, model):
+                self.problem(f"{name}: {text}")
+        return None
 
     def blocks(self, name: str, known: Mapping[str, bool]) -> tuple[bool, ...]:
         """Return whether each block of a list attends, by its class name without 2D or 3D."""
-        kinds = [kind.removesuffix("2D").removesuffix("3D") for kind in self.need(name, [])]
-        for kind in sorted(set(kinds) - set(known)):
-            self.problem(f"{name}: {kind} is not supported, only {', '.join(known)}")
+        published = self.published.get(name)
+        names = published if isinstance(published, list | tuple) else []
+        kinds = [str(kind).removesuffix("2D").removesuffix("3D") for kind in names]
+        for kind in sorted(set(kinds) - set(known))[:MOST_KINDS]:
+            self.problem(f"{name}: {shorten(kind, 60)} is not supported, only {', '.join(known)}")
         return tuple(known.get(kind, False) for kind in kinds)
 
     def demand(self, demands: Mapping[str, tuple[Any, ...]]) -> None:
         for name, values in demands.items():
             self.seen.add(name)
             if self.published.get(name, values[0]) not in values:
-                self.problem(
-                    f"{name}: {self.published[name]!r} is not supported, only {values[0]!r}"
-                )
+                got = brief(self.published[name])
+                self.problem(f"{name}: {got} is not supported, only {values[0]!r}")
 
     def finish(self, known: set[str]) -> None:
         """Raise if anything was wrong, or if an attribute that we do not know is switched on."""
         for name in sorted(set(self.published) - self.seen - known):
             if not name.startswith("_") and self.published[name] not in (None, False):
-                self.problem(f"{name}: not known to us, so {self.published[name]!r} is refused")
+                got = brief(self.published[name])
+                self.problem(f"{shorten(name, 60)}: not known to us, so {got} is refused")
+        if len(self.problems) > MOST_PROBLEMS:
+            more = len(self.problems) - MOST_PROBLEMS
+            self.problems[MOST_PROBLEMS:] = [f"  and {more} more"]
         if self.problems:
             raise UserError(f"{self.where}: not supported:\n" + "\n".join(self.problems))

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from tav_jax.errors import MissingFileError
+from tav_jax.errors import MissingFileError, UserError
 from tav_jax.pretrained import weights
+from tav_jax.reading import why_not_a_file
+from tav_jax.text import shorten
 
 WEIGHT_STEMS = {
     "text_encoder": "model",
@@ -22,9 +24,14 @@ def find_folder(
 
     Of each network only the weight files that would be read are fetched.
     """
-    folder = Path(pretrained_model_path).expanduser()
+    try:
+        folder = Path(pretrained_model_path).expanduser()
+    except RuntimeError as error:
+        raise MissingFileError(f"pretrained_model_path: {pretrained_model_path}: {error}") from None
     if folder.is_dir():
         return folder
+    if folder.is_file() or why_not_a_file(folder) != "No such file":
+        raise UserError(f"pretrained_model_path: {folder}: {_what_file(folder)}")
     if str(pretrained_model_path) in SHIPPED:
         return SHIPPED[str(pretrained_model_path)]
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
@@ -35,7 +42,9 @@ def find_folder(
     )
 
     repo = str(pretrained_model_path)
-    nowhere = f"pretrained_model_path: no folder '{repo}', nor such a model on the Hub"
+    nowhere = (
+        f"pretrained_model_path: no folder '{shorten(repo, 200)}', nor such a model on the Hub"
+    )
     try:
         names = HfApi().list_repo_files(repo, revision=revision)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
@@ -58,5 +67,23 @@ def find_folder(
     return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
 
 
+def _what_file(path: Path) -> str:
+    """Return what a file is that was given as a model, and what to do."""
+    if problem := why_not_a_file(path):
+        return problem
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        kind = weights.describe_file(path)
+    elif suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        kind = "a pickled checkpoint"
+    else:
+        return "a file, where a model's folder in the Hub's layout is needed"
+    return (
+        f"{kind} in one file; a folder in the Hub's layout is needed. If it is a whole model, "
+        f"diffusers makes one: StableDiffusionPipeline.from_single_file('{path.name}')"
+        ".save_pretrained('FOLDER')"
+    )
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return shorten(str(error).strip().split("\n")[0], 200)

@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,13 @@ from tav_jax.models.vae import AutoencoderKL
 from tav_jax.pretrained import configs as published_config
 from tav_jax.pretrained import weights
 from tav_jax.pretrained.hub import WEIGHT_STEMS, find_folder
+from tav_jax.reading import read_json, require_file
+from tav_jax.text import shorten
 from tav_jax.types import PRNGKey
 
 CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+TOKENIZER_CONFIGS = {"tokenizer_config.json", "special_tokens_map.json"}
+INDEX_NAME = "model_index.json"
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -88,6 +92,8 @@ def load_model(
         raise MissingFileError(
             f"{folder}: not a Stable Diffusion folder, it has no {', no '.join(missing)}"
         )
+    if (folder / INDEX_NAME).exists():
+        published_config.check_index(read_json(folder / INDEX_NAME), f"{folder}/{INDEX_NAME}")
     model = Model(
         load_tokenizer(folder / "tokenizer"),
         load_text_encoder(folder / "text_encoder", dtype=dtype, variant=variant),
@@ -111,7 +117,13 @@ def load_model(
 
 
 def _check_networks_match(folder: Path, model: Model) -> None:
-    """Raise `UserError` if the text encoder or the VAE does not fit the U-Net."""
+    """Raise `UserError` if the tokenizer, the text encoder, the VAE and the U-Net do not fit."""
+    tokens = max(model.tokenizer.get_vocab().values(), default=-1) + 1
+    rows = model.text_encoder.config.vocab_size
+    if tokens > rows:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokens} tokens, the text encoder embeds {rows}"
+        )
     unet = model.unet.config
     width = model.text_encoder.config.hidden_size
     if width != unet.cross_attention_dim:
@@ -128,11 +140,22 @@ def _check_networks_match(folder: Path, model: Model) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return a `transformers.CLIPTokenizer` from the folder of its vocabulary."""
+    """Return a `transformers.CLIPTokenizer` from the folder of its vocabulary.
+
+    Raises:
+        MissingFileError: The vocabulary is not there.
+        UserError: A file is damaged.
+    """
     # Without these files transformers silently uses a vocabulary of two words.
     names = {path.name for path in folder.iterdir()}
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         raise MissingFileError(f"{folder}: no vocab.json with merges.txt, nor tokenizer.json")
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():  # transformers chooses among many names
+            require_file(path)
+    for name in sorted(names & TOKENIZER_CONFIGS):
+        where = f"{folder}/{name}"
+        published_config.check_tokenizer_config(read_json(folder / name), where)
     # At its import transformers warns that PyTorch is missing, but only its models need that.
     logger = logging.getLogger("transformers")
     logger.addFilter(_is_not_about_pytorch)
@@ -140,7 +163,12 @@ def load_tokenizer(folder: Path) -> Any:
         from transformers import CLIPTokenizer
     finally:
         logger.removeFilter(_is_not_about_pytorch)
-    return CLIPTokenizer.from_pretrained(folder)
+    try:
+        return CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:  # of many kinds, also of its libraries in Rust
+        raise UserError(
+            f"{folder}: transformers cannot read the tokenizer ({shorten(str(error), 150)})"
+        ) from None
 
 
 def _is_not_about_pytorch(record: logging.LogRecord) -> bool:
@@ -152,13 +180,13 @@ def load_text_encoder(
 ) -> Network[CLIPTextModel]:
     """Return CLIP's text encoder from its folder."""
     config = published_config.read_text_config(_read_config(folder), f"{folder}/config.json")
-    # transformers 5.6 and later may save names without this prefix.
-    prefix = "text_model."
-    tensors = (
-        (name if name.startswith(prefix) else f"{prefix}{name}", tensor)
-        for name, tensor in weights.read_tensors(folder, WEIGHT_STEMS["text_encoder"], variant)
-    )
-    return _merge_network(CLIPTextModel, config, tensors, dtype, where=str(folder))
+
+    def rename(name: str) -> str:
+        # transformers 5.6 and later may save names without this prefix.
+        return name if name.startswith("text_model.") else f"text_model.{name}"
+
+    stem = WEIGHT_STEMS["text_encoder"]
+    return _load_network(CLIPTextModel, config, folder, stem, variant, dtype, rename=rename)
 
 
 def load_vae(
@@ -166,8 +194,7 @@ def load_vae(
 ) -> Network[AutoencoderKL]:
     """Return the autoencoder from its folder."""
     config = published_config.read_vae_config(_read_config(folder), f"{folder}/config.json")
-    tensors = weights.read_tensors(folder, WEIGHT_STEMS["vae"], variant)
-    return _merge_network(AutoencoderKL, config, tensors, dtype, where=str(folder))
+    return _load_network(AutoencoderKL, config, folder, WEIGHT_STEMS["vae"], variant, dtype)
 
 
 def load_unet(
@@ -190,14 +217,15 @@ def load_unet(
     published = _read_config(folder)
     config = published_config.read_unet_config(published, f"{folder}/config.json")
     is_image_unet = published.get("_class_name") != "UNet3DConditionModel"
-    unet = _merge_network(
+    unet = _load_network(
         UNet3DConditionModel,
         config,
-        weights.read_tensors(folder, WEIGHT_STEMS["unet"], variant),
+        folder,
+        WEIGHT_STEMS["unet"],
+        variant,
         dtype,
         float32_modules=float32_modules,
         may_lack=weights.TEMPORAL if is_image_unet else (),
-        where=str(folder),
     )
     dtype_of = _storage_dtype(dtype, float32_modules)
     shapes = parameter_shapes(UNet3DConditionModel, unet.config)
@@ -245,7 +273,7 @@ def save_model(folder: str | Path, model: Model, scheduler: Mapping[str, Any]) -
     }
     absent = {"feature_extractor": [None, None], "safety_checker": [None, None]}
     index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.11.1"}
-    _write_json(folder / "model_index.json", index | classes | absent)
+    _write_json(folder / INDEX_NAME, index | classes | absent)
 
 
 def tokenize(model: Model, prompts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
@@ -266,30 +294,44 @@ def tokenize(model: Model, prompts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
     return np.asarray(padded.input_ids, np.int32)
 
 
-def _merge_network(
+def _load_network(
     module_class: type,
     config: Any,
-    tensors: Iterable[tuple[str, np.ndarray]],
+    folder: Path,
+    stem: str,
+    variant: str | None,
     dtype: str,
     *,
     float32_modules: Sequence[str] = (),
     may_lack: tuple[str, ...] = (),
-    where: str,
+    rename: Callable[[str], str] = str,
 ) -> Network:
-    """Return a network with the given weights.
+    """Return a network with the weights of a folder.
+
+    The names and shapes in the files' headers are compared with the config before any tensor is
+    read. PyTorch's pickled files have no header.
 
     Args:
         module_class: Its class.
         config: Its config.
-        tensors: Published names and values.
+        folder: Its folder.
+        stem: See `weights.read_tensors`.
+        variant: See `weights.read_tensors`.
         dtype: See `load_model`.
         float32_modules: See `load_model`.
         may_lack: Modules whose weights may be missing.
-        where: Where the weights are from, for messages.
+        rename: Gives the published name of a tensor of the files.
     """
+    where = str(folder)
+    shapes = parameter_shapes(module_class, config)
+    files = weights.find_files(folder, stem, variant)
+    if all(path.suffix == ".safetensors" for path in files):
+        stored = ((rename(name), shape) for name, shape in weights.stored_shapes(files))
+        weights.check_shapes(shapes, stored, where=where, may_lack=may_lack)
+    tensors = weights.read_tensors(folder, stem, variant)
     params = weights.merge(
-        parameter_shapes(module_class, config),
-        tensors,
+        shapes,
+        ((rename(name), tensor) for name, tensor in tensors),
         dtype_of=_storage_dtype(dtype, float32_modules),
         where=where,
         may_lack=may_lack,
@@ -308,17 +350,8 @@ def _save_network(folder: Path, part: str, network: Network, config: Mapping[str
 
 def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree, indent=2) + "\n")
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    path = folder / name
-    try:
-        tree = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise MissingFileError(f"{path}: no such file; is the download complete?") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: not a JSON object, but {type(tree).__name__}")
-    return tree
+    return read_json(folder / name)

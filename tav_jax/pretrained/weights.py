@@ -12,9 +12,9 @@ other module of the package.
 | `*.bias`             | `*.bias`            | as it is                                           |
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ from tav_jax.errors import MissingFileError, UserError
 from tav_jax.files import atomic_write
 from tav_jax.models.layers import fan_in_uniform
 from tav_jax.models.network import in_modules
+from tav_jax.reading import parse_json, read_json, require_file
+from tav_jax.text import brief, shorten
 from tav_jax.types import Params, PRNGKey
 
 # Names that the autoencoder's attention had before diffusers 0.17, v1-4's files among them.
@@ -35,6 +37,26 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 # Tensors that are not parameters, with the reason.
 IGNORED = {
     "text_model.embeddings.position_ids": "the numbers 0 to 76, saved by transformers before 4.31",
+}
+
+# What the exponents of numbers that are not finite begin at, by type.
+INFINITIES = {
+    "float16": 0x7C00,
+    "bfloat16": 0x7F80,
+    "float32": 0x7F800000,
+    "float64": 0x7FF0000000000000,
+}
+WEIGHT_TYPES = ("F16", "BF16", "F32", "F64")
+MOST_OF_A_KIND = 3  # tensors that are named, if more are missing, left over or of another shape
+MOST_HEADER_BYTES = 100_000_000  # the limit of the library safetensors
+
+# What parts of names say about a file that is no folder.
+SINGLE_FILES = {
+    "lora": "a LoRA, which is added to a model,",
+    "model.diffusion_model.": "a Stable Diffusion model in the original release's layout",
+    "cond_stage_model.": "a Stable Diffusion model in the original release's layout",
+    "down_blocks.": "the U-Net or VAE alone",
+    "text_model.": "a text encoder alone",
 }
 
 TEMPORAL = ("attn_temp", "norm_temp")
@@ -90,40 +112,106 @@ def merge(
         may_lack: Modules whose parameters need not be there.
 
     Raises:
-        UserError: tensors are missing, left over or of other shapes; all are listed.
+        UserError: tensors are missing, left over or of other shapes, of which all are listed. Or
+            one has numbers that are not finite.
     """
-    published = {tensor_name(name): name for name in shapes}
     params: Params = {}
-    met = set()
-    problems = []
+    matching = _Matching(shapes, may_lack)
     for published_name, tensor in tensors:
-        if published_name in IGNORED:
-            continue
-        name, value = to_parameter(published_name, tensor)
-        # A weight of another rank is still that weight, and has a wrong shape.
-        name = published.get(tensor_name(name), name)
-        if name in met:
-            problems.append(f"  twice, under two names: {published_name} {list(tensor.shape)}")
-        met.add(name)
-        if name not in shapes:
-            problems.append(f"  left over: {published_name} {list(tensor.shape)}")
-        elif value.shape != shapes[name].shape:
-            expected = _published_shape(name, shapes)
-            problems.append(
-                f"  wrong shape: {published_name} {list(tensor.shape)}, expected {expected}"
-            )
-        else:
+        name = matching.find(published_name, tensor.shape)
+        if name is not None:
+            if tensor.dtype.name not in INFINITIES:
+                raise UserError(
+                    f"{where}: {published_name} has the type {tensor.dtype}, no weight's"
+                )
+            if not is_finite(tensor):
+                raise UserError(f"{where}: {published_name} has values that are not finite numbers")
+            _, value = to_parameter(published_name, tensor)
             params[name] = jnp.asarray(value.astype(dtype_of(name)))
-    for name in shapes:
-        if name not in met and not in_modules(name, may_lack):
-            problems.append(f"  missing: {tensor_name(name)} {_published_shape(name, shapes)}")
-    if problems:
-        raise UserError(f"{where}: not the network of its config:\n" + "\n".join(sorted(problems)))
+    matching.finish(where)
     return params
 
 
+def check_shapes(
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    stored: Iterable[tuple[str, tuple[int, ...]]],
+    *,
+    where: str = "checkpoint",
+    may_lack: tuple[str, ...] = (),
+) -> None:
+    """Raise as `merge` does, from the names and shapes of a checkpoint's tensors alone."""
+    matching = _Matching(shapes, may_lack)
+    for published_name, shape in stored:
+        matching.find(published_name, shape)
+    matching.finish(where)
+
+
+class _Matching:
+    """Finds the parameter of each tensor, and gathers what does not match."""
+
+    def __init__(self, shapes: Mapping[str, jax.ShapeDtypeStruct], may_lack: tuple[str, ...]):
+        self.shapes = shapes
+        self.may_lack = may_lack
+        self.published = {tensor_name(name): name for name in shapes}
+        self.met: set[str] = set()
+        self.problems: dict[str, list[str]] = {}
+
+    def _add(self, kind: str, text: str) -> None:
+        self.problems.setdefault(kind, []).append(f"  {kind}: {text}")
+
+    def find(self, published_name: str, shape: tuple[int, ...]) -> str | None:
+        """Return the name of a tensor's parameter, or None if there is none of that shape."""
+        if published_name in IGNORED:
+            return None
+        name = parameter_name(published_name, len(shape))
+        # A weight of another rank is still that weight, and has a wrong shape.
+        name = self.published.get(tensor_name(name), name)
+        tensor = f"{shorten(published_name, 150)} {brief(list(shape))}"
+        if name in self.met:
+            self._add("twice, under two names", tensor)
+        self.met.add(name)
+        if name not in self.shapes:
+            self._add("left over", tensor)
+        elif list(shape) != (expected := _published_shape(name, self.shapes)):
+            self._add("wrong shape", f"{tensor}, expected {expected}")
+        else:
+            return name
+        return None
+
+    def finish(self, where: str) -> None:
+        """Raise `UserError` if tensors are missing, left over or of other shapes."""
+        for name in self.shapes:
+            if name not in self.met and not in_modules(name, self.may_lack):
+                self._add("missing", f"{tensor_name(name)} {_published_shape(name, self.shapes)}")
+        lines = []
+        for kind in sorted(self.problems):
+            of_kind = sorted(self.problems[kind])
+            lines += of_kind[:MOST_OF_A_KIND]
+            if (more := len(of_kind) - MOST_OF_A_KIND) > 0:
+                lines.append(f"  {kind}: and {more} more")
+        if lines:
+            raise UserError(f"{where}: not the network of its config:\n" + "\n".join(lines))
+
+
+def is_finite(tensor: np.ndarray) -> bool:
+    """Tell whether all numbers are finite, at the speed of memory.
+
+    A number is infinite or NaN if all bits of its exponent are set. As integers these are the
+    largest of both signs, so two maxima decide, without an array of truths.
+    """
+    if tensor.size == 0:
+        return True
+    infinity = INFINITIES[tensor.dtype.name]
+    bits = 8 * tensor.dtype.itemsize
+    signed, unsigned = tensor.view(f"i{bits // 8}"), tensor.view(f"u{bits // 8}")
+    return bool(signed.max() < infinity and unsigned.max() < infinity + 2 ** (bits - 1))
+
+
 def _published_shape(name: str, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[int]:
-    return list(to_tensor(name, np.empty(shapes[name].shape, np.bool_))[1].shape)
+    shape = list(shapes[name].shape)
+    if name.endswith(".kernel"):
+        return [shape[i] for i in (3, 2, 0, 1)] if len(shape) == 4 else shape[::-1]
+    return shape
 
 
 def inflate(
@@ -169,21 +257,89 @@ def read_tensors(
         MissingFileError: There are no weights, or some shards are missing.
         UserError: A file is damaged, or it is pickled and PyTorch is not installed.
     """
-    chosen = choose_weights([path.name for path in folder.iterdir()], stem, variant)
-    if chosen is None:
-        raise MissingFileError(
-            f"{folder}: no {stem}{f'.{variant}' if variant else ''}.safetensors, nor shards or .bin"
-        )
-    for path in _shards(folder / chosen) if chosen.endswith(".json") else [folder / chosen]:
+    for path in find_files(folder, stem, variant):
         if path.suffix == ".bin":
             yield from _read_pickled(path)
             continue
+        read_header(path)
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118, it is not a dictionary
                     yield name, file.get_tensor(name)
         except safetensors.SafetensorError as error:
-            raise UserError(f"{path}: damaged or cut off ({error}); download it again") from None
+            raise _damaged(path, error) from None
+
+
+def find_files(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
+    """Return a network's weight files. Arguments and errors are those of `read_tensors`."""
+    chosen = choose_weights([path.name for path in folder.iterdir()], stem, variant)
+    if chosen is None:
+        raise MissingFileError(
+            f"{folder}: no {stem}{f'.{variant}' if variant else ''}.safetensors, nor shards or .bin"
+        )
+    files = _shards(folder / chosen) if chosen.endswith(".json") else [folder / chosen]
+    for file in files:
+        require_file(file)
+    return files
+
+
+class Stored(NamedTuple):
+    """What a file's header says about a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Return the names, types and shapes of the tensors of a `.safetensors` file.
+
+    Raises:
+        UserError: The file is damaged, has a name twice, or a tensor of a type that is no weight's.
+    """
+    require_file(path)
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 2 <= size <= min(MOST_HEADER_BYTES, path.stat().st_size - 8):
+            raise _damaged(path, "no header of safetensors")
+        header = file.read(size)
+    try:
+        tree = parse_json(header, str(path))
+        tree.pop("__metadata__", None)
+        tensors = {
+            name: Stored(str(one["dtype"]), tuple(map(int, one["shape"])))
+            for name, one in tree.items()
+        }
+    except (UserError, LookupError, TypeError, ValueError) as error:
+        if "is there twice" in str(error):
+            raise
+        raise _damaged(path, shorten(str(error), 100)) from None
+    for name, one in tensors.items():
+        if one.dtype not in WEIGHT_TYPES and name not in IGNORED:
+            raise UserError(
+                f"{path}: {shorten(name, 150)} has the type {shorten(one.dtype, 20)}; weights are "
+                f"{', '.join(WEIGHT_TYPES)}"
+            )
+    return tensors
+
+
+def stored_shapes(files: Iterable[Path]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of each tensor of `.safetensors` files, from their headers."""
+    for path in files:
+        for name, one in read_header(path).items():
+            yield name, one.shape
+
+
+def describe_file(path: Path) -> str:
+    """Return what a single `.safetensors` file seems to be, by the names of its tensors."""
+    names = read_header(path)
+    for start, kind in SINGLE_FILES.items():
+        if any(start in name for name in names):
+            return kind
+    return "weights"
+
+
+def _damaged(path: Path, reason: object) -> UserError:
+    return UserError(f"{path}: damaged or cut off ({reason}); download it again")
 
 
 def choose_weights(names: Iterable[str], stem: str, variant: str | None = None) -> str | None:
@@ -210,9 +366,14 @@ def choose_weights(names: Iterable[str], stem: str, variant: str | None = None) 
 def shard_names(index: Path) -> list[str]:
     """Return the names of the files that an index distributes the tensors over."""
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: damaged ({error!r}); download it again") from None
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name or name in ("", "..")]
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        why = shorten(str(error).removeprefix(f"{index}: "), 100)
+        raise UserError(f"{index}: damaged ({why}); download it again") from None
+    if outside:
+        raise UserError(f"{index}: {brief(outside[0])} is not a file's name in this folder")
+    return names
 
 
 def _shards(index: Path) -> list[Path]:

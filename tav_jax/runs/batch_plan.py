@@ -2,27 +2,30 @@
 
 import csv
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from tav_jax.errors import UserError
-from tav_jax.runs.samples import Job, Sample, plan_samples
-from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings, Seed
-from tav_jax.settings import WrongSettingsError, parse
+from tav_jax.reading import Key, parse_yaml, read_text
+from tav_jax.runs.samples import Job, Sample, check_number_of_videos, plan_samples
+from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings
+from tav_jax.settings import STRICT, PathText, Seed, Text, WrongSettingsError, parse
+from tav_jax.text import brief
+
+MOST_LINES = 20  # of what is wrong with a plan
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Row(SamplingSettings):
     """The keys that a row of a plan may have, with their bounds."""
 
-    run: str
-    prompt: str
+    run: PathText
+    prompt: Text
     seed: Seed | None = None
     use_inv_latent: bool = True
 
@@ -43,13 +46,17 @@ class Item(NamedTuple):
     settings: tuple[tuple[str, Any], ...]
 
     @classmethod
-    def from_row(cls, given: dict[str, Any]) -> "Item":
+    def from_row(cls, given: dict[str, Any], where: str) -> "Item":
         """Return the item of a row.
+
+        Args:
+            given: The row.
+            where: The plan's file.
 
         Raises:
             WrongSettingsError: keys or values are wrong.
         """
-        row = parse(Row, given, "row")
+        row = parse(Row, given, where)
         settings = {name: getattr(row, name) for name in SETTING_NAMES if name in given}
         if not row.use_inv_latent:
             settings["num_inv_steps"] = None
@@ -75,14 +82,15 @@ def read_plan(path: Path) -> list[Item]:
         UserError: The file is not a plan; every offending line or key is listed.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    rows = list(_csv_rows(text) if path.suffix == ".csv" else _yaml_rows(text, path))
+        text = read_text(path)
+    except (OSError, UserError) as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: cannot be read: {why}") from None
+    rows = list(_csv_rows(text, path) if path.suffix == ".csv" else _yaml_rows(text, path))
     items, problems = [], set()
     for where, row in rows:
         try:
-            items.append(Item.from_row(row))
+            items.append(Item.from_row(row, str(path)))
         except WrongSettingsError as error:
             problems |= {
                 f"  {where}{name}: {problem}" if name else f"  {where}{problem}"
@@ -90,24 +98,30 @@ def read_plan(path: Path) -> list[Item]:
             }
     if problems or not rows:
         lines = sorted(problems) or ["  it asks for nothing: name runs and prompts"]
+        if len(lines) > MOST_LINES:
+            lines = [*lines[:MOST_LINES], f"  and {len(lines) - MOST_LINES} more"]
         raise UserError(f"{path}:\n" + "\n".join(lines))
     return list(dict.fromkeys(items))
 
 
-def _csv_rows(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, row in enumerate(csv.DictReader(text.splitlines()), start=2):
-        # An empty cell means the run's own setting; cells beyond the header have the key None.
-        yield f"line {number}, ", {str(key): cell for key, cell in row.items() if cell}
+def _csv_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(text.splitlines())
+    try:
+        if repeated := [name for name, n in Counter(reader.fieldnames or []).items() if n > 1]:
+            raise UserError(f"{path}: line 1: the column {brief(repeated[0])} is there twice")
+        for number, row in enumerate(reader, start=2):
+            # An empty cell means the run's own setting; cells beyond the header have the key None.
+            yield f"line {number}, ", {str(key): cell for key, cell in row.items() if cell}
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num + 1}: not CSV ({error})") from None
 
 
 def _yaml_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        plan = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    plan = parse_yaml(text, str(path))
     if not isinstance(plan, dict):
         raise UserError(f"{path}: expected the keys runs and prompts")
-    lists = {name: plan.pop(name, None) for name in ("runs", "prompts", "seeds")}
+    keys = {name: _singular(plan, name) for name in ("runs", "prompts", "seeds")}
+    lists = {name: plan.pop(name, None) for name in keys}
     wrong = [
         name
         for name, value in lists.items()
@@ -116,9 +130,28 @@ def _yaml_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if wrong:
         raise UserError(f"{path}: expected lists under {', '.join(wrong)}")
     seeds = lists["seeds"] or [None]
-    for run, prompt, seed in itertools.product(lists["runs"], lists["prompts"], seeds):
-        row = {**plan, "run": run, "prompt": prompt, "seed": seed}
-        yield "", {key: value for key, value in row.items() if value is not None}
+    number = len(lists["runs"]) * len(lists["prompts"]) * len(seeds)
+    check_number_of_videos(number, f"{path}: runs, prompts, seeds")
+    for values in itertools.product(lists["runs"], lists["prompts"], seeds):
+        row = plan | dict(zip(keys.values(), values, strict=True))
+        yield (
+            "",
+            {
+                key if isinstance(key, str) else str(key): value
+                for key, value in row.items()
+                if value is not None
+            },
+        )
+
+
+def _singular(plan: dict[Any, Any], name: str) -> str:
+    """Return the key of one item of a list, which knows the line of the list."""
+    singular = Key(name.removesuffix("s"))
+    for key in plan:
+        if key == name and isinstance(key, Key):
+            singular.file, singular.line = key.file, key.line
+            return singular
+    return str(singular)
 
 
 def plan_jobs(items: Sequence[Item]) -> list[Job]:

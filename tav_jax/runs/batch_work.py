@@ -19,6 +19,7 @@ from tav_jax.console import say
 from tav_jax.errors import UserError
 from tav_jax.files import atomic_write, claim, remove_lock, remove_partials
 from tav_jax.parallel.sharding import on_mesh
+from tav_jax.reading import MOST_RECORD_BYTES, parse_json, read_text, why_not_a_file
 from tav_jax.runs.metrics_log import Stages
 from tav_jax.runs.overview import has_overview, renew_overview, sheet_of
 from tav_jax.runs.render import write_batch
@@ -127,12 +128,12 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: the file is something else.
     """
-    try:
-        with path.open(encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
-        return {row["video"]: row for row in rows if row["sha256"]}
-    except FileNotFoundError:
+    if why_not_a_file(path) == "No such file":
         return {}
+    try:
+        lines = read_text(path, MOST_RECORD_BYTES).split("\n")
+        rows = [parse_json(line, str(path)) for line in lines if line]
+        return {row["video"]: row for row in rows if row["sha256"]}
     except (ValueError, KeyError, TypeError, OSError):
         raise UserError(
             f"--manifest: {path} exists and is not a manifest; name another file"

@@ -1,30 +1,49 @@
 """A run's settings, as dataclasses and as YAML with the keys of the original release."""
 
+import secrets
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-)
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from tav_jax.errors import UserError
 from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
-from tav_jax.runs.sampling_settings import NumSteps, SamplingSettings, Seed, select_settings
-from tav_jax.settings import flatten, merge_trees, override, parse, read_tree, read_yaml, to_plain
+from tav_jax.parallel.processes import broadcast_number_from_main
+from tav_jax.reading import read_yaml, why_not_a_file
+from tav_jax.runs.sampling_settings import SamplingSettings, select_settings
+from tav_jax.settings import (
+    MOST_PIXELS,
+    SIZE_FACTOR,
+    STRICT,
+    BatchSize,
+    Decay,
+    Fps,
+    Frames,
+    Integer,
+    Number,
+    NumSteps,
+    PathText,
+    Positive,
+    Rate,
+    Seed,
+    Size,
+    Steps,
+    StepsFromZero,
+    Text,
+    flatten,
+    merge_trees,
+    override,
+    parse,
+    read_tree,
+    to_plain,
+)
 from tav_jax.training.optimizer import TRAINABLE_MODULES, LRScheduler
-
-SIZE_FACTOR = 8  # sides must be multiples of this, as in the published pipeline
 
 # Keys of the original release that have no effect here, with the reason.
 MEANINGLESS_KEYS = {
@@ -33,8 +52,7 @@ MEANINGLESS_KEYS = {
 }
 
 
-_strict = ConfigDict(extra="forbid", allow_inf_nan=False)
-Size = Annotated[int, Field(gt=0, multiple_of=SIZE_FACTOR)]
+Index = Annotated[Integer, Field(ge=0, le=10**9)]  # of a clip's frame
 # YAML 1.1 reads an unquoted `no` as false.
 Precision = Annotated[
     Literal["no", "bf16", "fp16"],
@@ -53,7 +71,15 @@ EXECUTION_KEYS = (
 )
 
 
-@dataclass(frozen=True, config=_strict)
+def check_pixels(frames: int, width: int, height: int) -> None:
+    """Raise `UserError` if a clip is larger than any that can be computed."""
+    if frames * width * height > MOST_PIXELS:
+        raise UserError(
+            f"{frames} frames of {width}x{height}: at most {MOST_PIXELS} pixels are supported"
+        )
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainData:
     """The clip and its caption.
 
@@ -70,18 +96,21 @@ class TrainData:
         fit: "stretch" ignores the aspect ratio, as the original does. "crop" takes the centre.
     """
 
-    video_path: str
-    prompt: str
-    n_sample_frames: PositiveInt = 8
+    video_path: PathText
+    prompt: Text
+    n_sample_frames: Frames = 8
     width: Size = 512
     height: Size = 512
-    sample_start_idx: NonNegativeInt = 0
-    sample_frame_rate: PositiveInt = 1
+    sample_start_idx: Index = 0
+    sample_frame_rate: Annotated[Index, Field(ge=1)] = 1
     sampling: Literal["rate", "uniform"] = "rate"
     fit: Literal["stretch", "crop"] = "stretch"
 
+    def __post_init__(self) -> None:
+        check_pixels(self.n_sample_frames, self.width, self.height)
 
-@dataclass(frozen=True, config=_strict)
+
+@dataclass(frozen=True, config=STRICT)
 class ValidationData(SamplingSettings):
     """What is sampled every `validation_steps`, and the defaults of the sample command.
 
@@ -102,24 +131,34 @@ class ValidationData(SamplingSettings):
         fps: Frames per second of the written videos.
     """
 
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[Text, ...] = ()
     use_inv_latent: bool = True
     num_inv_steps: NumSteps = 50  # never None: use_inv_latent says whether there is an inversion
-    video_length: PositiveInt | None = None
+    video_length: Frames | None = None
     width: Size | None = None
     height: Size | None = None
     video_format: Literal["mp4", "gif"] = "mp4"
-    fps: PositiveFloat = 8.0
+    fps: Fps = 8.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pixels(self.video_length or 1, self.width or SIZE_FACTOR, self.height or SIZE_FACTOR)
 
     def sampling_settings(self) -> SamplingSettings:
         """Return the settings with which the prompts are sampled."""
         return select_settings(self, invert=self.use_inv_latent)
 
 
-AxisSize = PositiveInt | Literal[-1]
+def _is_axis_size(value: int) -> int:
+    if value < -1 or value == 0:
+        raise ValueError("Input should be a number of devices, or -1 for the rest of them")
+    return value
 
 
-@dataclass(frozen=True, config=_strict)
+AxisSize = Annotated[Integer, AfterValidator(_is_axis_size)]
+
+
+@dataclass(frozen=True, config=STRICT)
 class MeshSizes:
     """Number of devices along each axis of the mesh. One may be -1: all the remaining devices.
 
@@ -135,7 +174,7 @@ class MeshSizes:
     fsdp: AxisSize = 1
 
 
-@dataclass(frozen=True, config=_strict)
+@dataclass(frozen=True, config=STRICT)
 class TuneConfig:
     """One tuning run, with the original's names and defaults.
 
@@ -175,38 +214,38 @@ class TuneConfig:
         variant: Variant of its weight files, such as "fp16".
     """
 
-    pretrained_model_path: str
-    output_dir: str
+    pretrained_model_path: PathText
+    output_dir: PathText
     train_data: TrainData
     validation_data: ValidationData = Field(default_factory=ValidationData)
-    validation_steps: PositiveInt = 100
+    validation_steps: Steps = 100
     trainable_modules: tuple[str, ...] = TRAINABLE_MODULES
-    train_batch_size: PositiveInt = 1
-    max_train_steps: PositiveInt = 500
-    learning_rate: NonNegativeFloat = 3e-5
+    train_batch_size: BatchSize = 1
+    max_train_steps: Steps = 500
+    learning_rate: Rate = 3e-5
     scale_lr: bool = False
     lr_scheduler: LRScheduler = "constant"
-    lr_warmup_steps: NonNegativeInt = 0
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    adam_weight_decay: NonNegativeFloat = 1e-2
-    adam_epsilon: PositiveFloat = 1e-8
-    max_grad_norm: PositiveFloat = 1.0
-    gradient_accumulation_steps: PositiveInt = 1
+    lr_warmup_steps: StepsFromZero = 0
+    adam_beta1: Decay = 0.9
+    adam_beta2: Decay = 0.999
+    adam_weight_decay: Annotated[Number, Field(ge=0, le=1000)] = 1e-2
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: Positive = 1.0
+    gradient_accumulation_steps: Annotated[Integer, Field(ge=1, le=10_000)] = 1
     attention: AttentionImplementation = "auto"
     gradient_checkpointing: Checkpointing = "auto"
-    memory_limit_gb: PositiveFloat | None = None
-    checkpointing_steps: PositiveInt = 500
+    memory_limit_gb: Positive | None = None
+    checkpointing_steps: Steps = 500
     # The original's "latest" is what happens anyway.
     resume_from_checkpoint: Annotated[
-        str | None, BeforeValidator(lambda value: None if value == "latest" else value)
+        PathText | None, BeforeValidator(lambda value: None if value == "latest" else value)
     ] = None
     mixed_precision: Precision = "no"
     seed: Seed = 0
     attention_scope: AttentionScope = "sparse_causal"
     mesh: MeshSizes = Field(default_factory=MeshSizes)
-    revision: str | None = None
-    variant: str | None = None
+    revision: Text | None = None
+    variant: Text | None = None
 
     def __post_init__(self) -> None:
         train, validation = self.train_data, self.validation_data
@@ -238,7 +277,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TuneCo
         MissingFileError: there is no such file.
         UserError: it is not YAML, or keys or values are wrong; all are listed.
     """
-    return _config_and_notes(read_tree(path, overrides), str(path))
+    return _config_and_notes(read_tree(path, overrides, TuneConfig), str(path))
 
 
 def load_clips(
@@ -257,15 +296,16 @@ def load_clips(
         MissingFileError: There is no such file.
         UserError: A file is not YAML, or keys or values are wrong; all are listed.
     """
-    common = read_tree(path, overrides)
+    common = read_tree(path, overrides, TuneConfig)
     items = read_yaml(Path(clips), "--clips")
     if not (isinstance(items, list) and items and all(isinstance(one, dict) for one in items)):
         raise UserError(f"{clips}: expected a list of keys and values, an item a clip")
     configs, notes, problems = [], [], []
     for number, item in enumerate(items, 1):
         tree = merge_trees(common, item)
-        if "output_dir" not in item and "output_dir" in common:
-            video = str(tree.get("train_data", {}).get("video_path", number))
+        if "output_dir" not in item and isinstance(common.get("output_dir"), str):
+            data = tree.get("train_data")
+            video = str(data.get("video_path", number) if isinstance(data, dict) else number)
             tree["output_dir"] = str(Path(common["output_dir"]) / Path(video).stem)
         try:
             config, more = _config_and_notes(tree, f"{clips}, clip {number}")
@@ -291,10 +331,24 @@ def _config_and_notes(tree: dict[str, Any], where: str) -> tuple[TuneConfig, lis
         for key, reason in MEANINGLESS_KEYS.items()
         if tree.pop(key, False)
     ]
+    if "seed" in tree and tree["seed"] is None:  # the original's "no seed"
+        tree["seed"] = find_seed(tree.get("output_dir"))
+        notes.append(f"seed: null: the run has the seed {tree['seed']}")
     config = parse_config(tree, where)
     if config.mixed_precision == "fp16":
         notes.append("mixed_precision: fp16 is computed as bf16, which needs no loss scaling")
     return config, notes
+
+
+def find_seed(output_dir: Any) -> int:
+    """Return the seed that a run has recorded, or a new one. All processes get the same."""
+    seed = secrets.randbelow(2**31)
+    with suppress(RuntimeError, TypeError):  # no path, as will be said when it is parsed
+        record = Path(output_dir).expanduser() / "config.yaml"
+        recorded = None if why_not_a_file(record) else read_yaml(record, "output_dir")
+        if isinstance(recorded, dict) and isinstance(recorded.get("seed"), int):
+            seed = recorded["seed"]
+    return broadcast_number_from_main(seed)
 
 
 def parse_config(tree: dict[str, Any], where: str = "config") -> TuneConfig:
@@ -304,7 +358,7 @@ def parse_config(tree: dict[str, Any], where: str = "config") -> TuneConfig:
 
 def parse_mesh(text: str) -> MeshSizes:
     """Return sizes from text such as `data=1,frames=4`. Errors are those of `load_config`."""
-    return parse(MeshSizes, override({}, text.split(",")), "--mesh")
+    return parse(MeshSizes, override({}, text.split(","), MeshSizes), "--mesh")
 
 
 def with_absolute_paths(config: TuneConfig) -> TuneConfig:

@@ -1,6 +1,5 @@
 """The overview of a folder of samples: a contact sheet, and videos side by side."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,10 +8,13 @@ from jaxtyping import UInt8
 
 from tav_jax.console import say
 from tav_jax.errors import UserError
+from tav_jax.files import atomic_write
+from tav_jax.reading import read_json
 from tav_jax.runs.run import Run
 from tav_jax.runs.samples import BESIDE, SHEET, Frames, Sample, sample_size
+from tav_jax.text import shorten
 from tav_jax.video.read import read_frames
-from tav_jax.video.sheets import contact_sheet, enlarge, side_by_side
+from tav_jax.video.sheets import contact_sheet, enlarge, sheet_labels, side_by_side
 from tav_jax.video.write import write_image, write_video
 
 ROWS_OF_SHEET = 24
@@ -70,7 +72,11 @@ def write_overview(
     records = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
     for record in records[-ROWS_OF_SHEET:]:
         if (video := record.with_suffix(f".{suffix}")).is_file():
-            sample = Sample.from_record(json.loads(record.read_text()))
+            try:
+                sample = Sample.from_record(read_json(record), str(record))
+            except UserError as error:
+                say(f"the contact sheet goes without a video: {shorten(str(error))}")
+                continue
             label = sample.prompt + (f" (seed {sample.seed})" if sample.name_seed else "")
             rows[label] = (
                 fresh[video]
@@ -85,10 +91,15 @@ def write_overview(
     videos = [folder / f"{BESIDE}.{suffix}" for suffix in suffixes]
     for path in videos:
         write_video(path, joined, fps=config.validation_data.fps)
-    # Last, because the sheet's presence says that the overview is complete.
     sheet = sheet_of(folder)
+    _, legend = sheet_labels(rows)
+    texts = [sheet.with_suffix(".txt")] if legend else []
+    for path in texts:
+        with atomic_write(path) as partial:
+            partial.write_text(legend, encoding="utf-8")
+    # Last, because the sheet's presence says that the overview is complete.
     write_image(sheet, contact_sheet(rows))
-    return [sheet, *videos]
+    return [sheet, *texts, *videos]
 
 
 def _read_source(run: Run) -> Frames | None:

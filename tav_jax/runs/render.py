@@ -146,7 +146,8 @@ def _write_sample(sample: Sample, video: Frames, folder: Path, run: Run) -> Path
     # new video, so that no video ever stands beside the settings of another.
     video_path.unlink(missing_ok=True)
     with atomic_write(folder / f"{sample.stem}.json") as path:
-        path.write_text(json.dumps(sample.to_record(), indent=2, ensure_ascii=False) + "\n")
+        record = json.dumps(sample.to_record(), indent=2, ensure_ascii=False)
+        path.write_text(f"{record}\n", encoding="utf-8")
     write_video(video_path, shown(video), fps=validation.fps)
     return video_path
 

@@ -104,7 +104,7 @@ class Run:
         """Create the run's folder with its complete settings."""
         if is_main_process():
             with atomic_write(self.config_file) as path:
-                path.write_text(dump_config(self.config))
+                path.write_text(dump_config(self.config), encoding="utf-8")
 
     def latest_step(self) -> int | None:
         """Return the newest checkpoint's step, or None."""

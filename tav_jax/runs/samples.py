@@ -1,8 +1,8 @@
 """Samples: the settings that determine a video, its file name, and whether it exists."""
 
 import hashlib
-import json
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,18 +11,25 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from pydantic.dataclasses import dataclass as dataclass_of_settings
 
 from tav_jax.errors import ExistingFileError, UserError
 from tav_jax.files import first_unwritable_parent
+from tav_jax.reading import read_json
 from tav_jax.runs.config import TuneConfig
 from tav_jax.runs.run import Run
 from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings
+from tav_jax.settings import STRICT, Seed, StepsFromZero, parse
+from tav_jax.text import UNPRINTABLE, brief
 
 Frames = UInt8[np.ndarray, "f H W 3"]
 
 
 # File names, without suffix, that are not given to samples.
 SHEET, BESIDE = "contact-sheet", "side-by-side"
+
+MOST_PROBLEMS = 20  # that one message lists
+MOST_VIDEOS = 100_000  # of one plan
 
 
 @dataclass(frozen=True)
@@ -60,16 +67,29 @@ class Sample:
         return record | record.pop("settings")
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "Sample":
+    def from_record(cls, record: Mapping[str, Any], where: str = "record") -> "Sample":
         """Return the sample of a record. Settings that an old record lacks have their defaults.
 
+        Args:
+            record: The dictionary.
+            where: The record's file.
+
         Raises:
-            TypeError: The record lacks something else, or has more.
-            ValueError: A value is wrong.
+            UserError: The record lacks something else, has more, or a wrong value.
         """
-        settings = {name: record[name] for name in SETTING_NAMES if name in record}
-        others = {name: value for name, value in record.items() if name not in SETTING_NAMES}
-        return cls(settings=SamplingSettings(**settings), **others)
+        made = parse(Record, dict(record), where)
+        settings = SamplingSettings(**{name: getattr(made, name) for name in SETTING_NAMES})
+        return cls(made.prompt, made.step, made.seed, settings, made.name_seed)
+
+
+@dataclass_of_settings(frozen=True, kw_only=True, config=STRICT)
+class Record(SamplingSettings):
+    """What the JSON beside a video may say."""
+
+    prompt: str
+    step: StepsFromZero
+    seed: Seed
+    name_seed: bool = False
 
 
 def default_sample(config: TuneConfig, step: int) -> Sample:
@@ -97,15 +117,30 @@ def is_done(sample: Sample, folder: Path, video_format: str) -> bool:
     video, record = (folder / f"{sample.stem}.{suffix}" for suffix in (video_format, "json"))
     if not video.exists():
         return False
-    made = json.loads(record.read_text()) if record.is_file() else {}
+    made = read_record(record) if record.exists() else {}
     made = {"sampler": "ddim"} | made  # older records have no sampler
     if differing := _differing(made, sample):
-        values = "; ".join(f"{name} {a!r} there, {b!r} here" for name, a, b in differing)
+        values = "; ".join(f"{name} {brief(a)} there, {brief(b)} here" for name, a, b in differing)
         raise ExistingFileError(
             f"{video} was made with other settings ({values}); "
             "give another --output-dir, or --overwrite"
         )
     return True
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the settings in the JSON beside a video.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    try:
+        return read_json(path)
+    except UserError as error:
+        raise UserError(
+            f"{error}; it has the settings of the video beside it: rename both, or give another "
+            "--output-dir, or --overwrite"
+        ) from None
 
 
 def _differing(made: Mapping[str, object], sample: Sample) -> list[tuple[str, object, object]]:
@@ -155,6 +190,12 @@ class Job:
         return is_done(sample, self.folder, self.run.config.validation_data.video_format)
 
 
+def check_number_of_videos(number: int, where: str) -> None:
+    """Raise `UserError` if more videos are asked for than any folder should hold."""
+    if number > MOST_VIDEOS:
+        raise UserError(f"{where}: {number} videos are asked for; at most {MOST_VIDEOS} at a time")
+
+
 def plan_samples(
     run_folder: str | Path,
     make_samples: Callable[[Sample], list[Sample]],
@@ -189,7 +230,7 @@ def plan_samples(
     for sample in samples:
         first = named.setdefault(sample.stem, sample)
         if differing := _differing(first.to_record(), sample):
-            values = "; ".join(f"{name} {a!r} and {b!r}" for name, a, b in differing)
+            values = "; ".join(f"{name} {brief(a)} and {brief(b)}" for name, a, b in differing)
             problems.append(
                 f"{job.video(sample)} is asked for with different settings ({values}); "
                 "give each a seed of its own, which its name will have"
@@ -197,9 +238,11 @@ def plan_samples(
         try:
             if overwrite or not job.is_done(sample):
                 job.wanted.append(sample)
-        except FileExistsError as error:
+        except UserError as error:
             problems.append(str(error))
     if problems:
+        if len(problems) > MOST_PROBLEMS:
+            problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more"]
         raise ExistingFileError("\n".join(problems))
     return job
 
@@ -210,8 +253,10 @@ def file_stem(prompt: str) -> str:
     A prompt that can be a name as it is stays as it is, like the original's `<prompt>.gif`. Any
     other gets a hash of the whole prompt at its end, so that `a/b` and `a:b` remain two files.
     """
-    # What Windows refuses, which includes what macOS and Linux do; lone surrogates have no UTF-8.
-    stem = re.sub(r'[<>:"/\\|?*\x00-\x1f\x7f\ud800-\udfff]', "_", prompt)
+    # What Windows refuses, which includes what macOS and Linux do; and what a terminal obeys.
+    stem = UNPRINTABLE.sub("_", re.sub(r'[<>:"/\\|?*\t\n]', "_", prompt))
+    encoding = sys.getfilesystemencoding()  # not UTF-8 if the locale is C and UTF-8 is off
+    stem = stem.encode(encoding, "replace").decode(encoding).replace("?", "_")
     stem = unicodedata.normalize("NFC", stem).strip(" .")  # macOS takes both forms of é for one.
     # Devices of Windows, whatever follows the dot.
     stem = re.sub(r"(?i)^(?=(con|prn|aux|nul|(com|lpt)[\d¹²³]) *(\.|$))", "_", stem)

@@ -5,21 +5,15 @@ Configs, experiments, batch plans, command lines and the records of samples all 
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from tav_jax.diffusion.samplers import SamplerName, check_eta
-from tav_jax.settings import parse
-
-NumSteps = Annotated[int, Field(ge=1, le=999)]
-GuidanceScale = Annotated[float, Field(ge=0)]
-Eta = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what a JAX key can be made of
+from tav_jax.settings import STRICT, GuidanceScale, NumSteps, Share, Text, parse
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+@dataclass(frozen=True, config=STRICT)
 class SamplingSettings:
     """How prompts become videos. The defaults are the original release's.
 
@@ -36,11 +30,11 @@ class SamplingSettings:
         UserError: `eta` is not 0 and the sampler has no such noise.
     """
 
-    negative_prompt: str = ""
+    negative_prompt: Text = ""
     num_inference_steps: NumSteps = 50
     sampler: SamplerName = "ddim"
     guidance_scale: GuidanceScale = 12.5
-    eta: Eta = 0.0
+    eta: Share = 0.0
     num_inv_steps: NumSteps | None = 50
 
     def __post_init__(self) -> None:

@@ -114,6 +114,7 @@ def prepare(run: Run, programs: Programs) -> Tuning:
         run.clip()
     with stages("load"):
         model = run.load_base()
+    check_num_steps(config.validation_data, len(model.schedule.alphas_cumprod))
     labels = label_params(model.unet.params, config.trainable_modules)
     # Warns of prompts that are too long before anything takes long.
     tokenize(model, [config.train_data.prompt, *config.validation_data.prompts])
@@ -143,6 +144,17 @@ def prepare(run: Run, programs: Programs) -> Tuning:
     if tuning.start < tuning.end:
         prepare_step(tuning, optimizer, programs)
     return tuning
+
+
+def check_num_steps(validation: ValidationData, timesteps: int) -> None:
+    """Raise `UserError` if samplers are to take more steps than the model has timesteps."""
+    names = ["num_inference_steps", *(["num_inv_steps"] if validation.use_inv_latent else [])]
+    for name in names if validation.prompts else []:
+        if (steps := getattr(validation, name)) >= timesteps:
+            raise UserError(
+                f"validation_data.{name}: {steps} steps; the model has {timesteps} timesteps, so "
+                f"at most {timesteps - 1}"
+            )
 
 
 def prepare_step(
@@ -193,7 +205,7 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
     unseen: list[dict] = []
     unseen_at_most, began = 1, time.perf_counter()
     with (
-        metrics_path.open("a", buffering=1) as metrics_file,
+        metrics_path.open("a", buffering=1, encoding="utf-8") as metrics_file,
         progress_bar("tuning", total=end, initial=start) as bar,
     ):
         for step in range(start + 1, end + 1):
@@ -275,8 +287,8 @@ def step_settings(config: TuneConfig) -> TuneConfig:
     """Return a config without what the tuning step's program does not depend on."""
     return replace(
         config,
-        output_dir="",
-        train_data=replace(config.train_data, video_path="", prompt=""),
+        output_dir="-",
+        train_data=replace(config.train_data, video_path="-", prompt=""),
         validation_data=ValidationData(),
         resume_from_checkpoint=None,
         seed=0,

@@ -3,6 +3,8 @@
 import math
 import unicodedata
 from bisect import bisect
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from tav_jax.errors import UserError
+from tav_jax.text import printable
 
 
 def side_by_side(*videos: UInt8[np.ndarray, "_ _ _ 3"]) -> UInt8[np.ndarray, "f H W 3"]:
@@ -38,6 +41,7 @@ def contact_sheet(
     """Return one image with a labelled row for each video, its frames evenly chosen.
 
     Frames below 64 pixels are enlarged by a whole factor, so that they and the text can be seen.
+    A label that the font cannot write is the number of its row, see `sheet_labels`.
 
     Args:
         rows: Videos by label, with frames of one size.
@@ -51,15 +55,16 @@ def contact_sheet(
         raise UserError(
             f"contact_sheet: needs rows of one frame size and columns >= 1, not {sizes}, {columns}"
         )
-    rows = {label: enlarge(video, 64) for label, video in rows.items()}
-    height, width = next(iter(rows.values())).shape[1:3]
-    columns = min(columns, max(map(len, rows.values())))
+    labels, _ = sheet_labels(rows)
+    videos = [enlarge(video, 64) for video in rows.values()]
+    height, width = videos[0].shape[1:3]
+    columns = min(columns, max(map(len, videos)))
     gap = max(4, width // 48)
     text_size = max(14, width // 12)
 
     sheet_width = columns * (width + gap) + gap
     parts = []
-    for label, video in rows.items():
+    for label, video in zip(labels, videos, strict=True):
         chosen = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
         row = np.full((height + gap, sheet_width, 3), 255, np.uint8)
         for i, tile in enumerate(video[chosen]):
@@ -67,6 +72,25 @@ def contact_sheet(
             row[:height, left : left + width] = tile
         parts += [_draw_label(label, sheet_width, text_size, margin=gap), row]
     return np.concatenate(parts)
+
+
+def sheet_labels(labels: Iterable[str]) -> tuple[list[str], str]:
+    """Return the labels that the rows of a sheet can have, and the legend of the others.
+
+    A label with letters that the font lacks becomes the number of its row, which the legend
+    explains, a line for each.
+    """
+    drawn, legend = [], []
+    for number, label in enumerate(labels, 1):
+        can_draw = set(_label_text(label)) <= _letters()
+        drawn.append(label if can_draw else f"row {number}: see the text file")
+        if not can_draw:
+            legend.append(f"row {number}: {_label_text(label)}\n")
+    return drawn, "".join(legend)
+
+
+def _label_text(label: str) -> str:
+    return printable(unicodedata.normalize("NFC", " ".join(label.split())))
 
 
 def _label_font() -> Path:
@@ -77,10 +101,18 @@ def _label_font() -> Path:
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 
+@cache
+def _letters() -> frozenset[str]:
+    """Return the characters that the font of the labels has."""
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(map(chr, FT2Font(str(_label_font())).get_charmap()))
+
+
 def _draw_label(label: str, width: int, text_size: int, margin: int) -> np.ndarray:
     """Return a white strip with one line of text; a long text is cut and ends in an ellipsis."""
     font = ImageFont.truetype(_label_font(), text_size)
-    text = unicodedata.normalize("NFC", " ".join(label.split()))
+    text = _label_text(label)
     room = width - 2 * margin
     if font.getlength(text) > room:
         fitting = bisect(range(len(text)), room, key=lambda n: int(font.getlength(text[:n] + "…")))

@@ -5,7 +5,6 @@ For each variant of the method, each clip and each seed it tunes, inverts, sampl
 interrupted experiment. At the end it writes tables and plots.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from tav_jax.console import command, say
+from tav_jax.console import Parser, command, say
 from tav_jax.errors import UserError
 from tav_jax.files import keep_json_lines
 from tav_jax.models.attention.dispatch import AttentionScope
@@ -39,8 +38,19 @@ from tav_jax.pipeline import (
 from tav_jax.pretrained.model import Model, load_model
 from tav_jax.pretrained.weights import TEMPORAL
 from tav_jax.progress import progress_bar
-from tav_jax.runs.sampling_settings import GuidanceScale, NumSteps, SamplingSettings
-from tav_jax.settings import parse, read_tree
+from tav_jax.runs.sampling_settings import SamplingSettings
+from tav_jax.settings import (
+    STRICT,
+    Frames,
+    GuidanceScale,
+    NumSteps,
+    PathText,
+    Rate,
+    Seed,
+    StepsFromZero,
+    parse,
+    read_tree,
+)
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
 from tav_jax.training.train_step import init_state
 from tav_jax.video.sheets import contact_sheet
@@ -52,10 +62,8 @@ from tav_jax.worlds.tiny_scenes.drawing import render
 from tav_jax.worlds.tiny_scenes.edits import Edit, edits_of, source_prompt
 from tav_jax.worlds.tiny_scenes.world import CLIPS, SIZE
 
-_strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-
-@dataclass(frozen=True, config=_strict)
+@dataclass(frozen=True, config=STRICT)
 class Setting(SamplingSettings):
     """One way of running the method. The defaults suit `tiny-scenes`.
 
@@ -80,12 +88,12 @@ class Setting(SamplingSettings):
     num_inv_steps: NumSteps = 25
     attention_scope: AttentionScope = "sparse_causal"
     temporal_attention: bool = True
-    max_train_steps: NonNegativeInt = 150
-    learning_rate: PositiveFloat = 2e-3
+    max_train_steps: StepsFromZero = 150
+    learning_rate: Rate = 2e-3
     inversion: bool = True
 
 
-@dataclass(frozen=True, config=_strict)
+@dataclass(frozen=True, config=STRICT)
 class Experiment:
     """Variants of the method to compare, over clips and seeds.
 
@@ -103,10 +111,10 @@ class Experiment:
     variants: dict[str, dict[str, Any]]
     setting: Setting = Field(default_factory=Setting)
     sweep: str | None = None
-    pretrained_model_path: str = "tiny-scenes"
+    pretrained_model_path: PathText = "tiny-scenes"
     clips: tuple[str, ...] = tuple(CLIPS)
-    seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
-    frames: PositiveInt = 8
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    frames: Frames = 8
 
     def __post_init__(self) -> None:
         unknown = [clip for clip in self.clips if clip not in CLIPS]
@@ -141,7 +149,7 @@ def experiment(config: Experiment, folder: Path) -> None:
         return setting.attention_scope, setting.temporal_attention, setting.learning_rate
 
     with (
-        (folder / "results.jsonl").open("a", buffering=1) as file,
+        (folder / "results.jsonl").open("a", buffering=1, encoding="utf-8") as file,
         progress_bar("experiments", total=total, initial=len(done)) as bar,
     ):
         for _, names in groupby(sorted(settings, key=tuning), key=tuning):
@@ -177,7 +185,12 @@ def claim_results(folder: Path, config: Experiment) -> list[Record]:
     if not settings.is_file() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"--output-dir: {folder} exists and is not an experiment; name another")
     record_settings(settings, config)
-    return keep_json_lines(results)
+    return keep_json_lines(results, _is_result)
+
+
+def _is_result(line: dict[str, Any]) -> bool:
+    """Return True; raises KeyError if the line is no result's."""
+    return all(line[name] is not None for name in ("variant", "clip", "seed", "videos"))
 
 
 class Tuned:
@@ -290,7 +303,7 @@ def keep_sheet(
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, by default the process's own."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tav_jax.worlds.experiments",
         description="Compare variants of the method on the small base model. The same command "
         "resumes an interrupted experiment, and writes the report again.",
@@ -301,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="outputs/experiments/NAME")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the file's values")
     args = parser.parse_args(argv)
-    config = parse(Experiment, read_tree(args.config, args.overrides), str(args.config))
+    config = parse(Experiment, read_tree(args.config, args.overrides, Experiment), str(args.config))
     folder = args.output_dir or Path("outputs/experiments") / args.config.stem
     experiment(config, folder)
     say(f"wrote {folder / 'report.md'}")

@@ -5,7 +5,6 @@ Stable Diffusion folder. Each stage resumes from its newest checkpoint and write
 to `metrics.jsonl`.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from tav_jax.console import command, say
+from tav_jax.console import Parser, command, say
 from tav_jax.errors import UserError
 from tav_jax.models.network import Network
 from tav_jax.pretrained.model import Model, save_model
@@ -130,7 +129,7 @@ def to_float16(model: Model) -> Model:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tav_jax.worlds.pretrain",
         description="Train the small base model from nothing. Run the same command again to "
         "resume an interrupted training.",
@@ -139,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/pretrain"), metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values of the recipe")
     args = parser.parse_args(argv)
-    recipe = parse(Recipe, override({}, args.overrides), "recipe")
+    recipe = parse(Recipe, override({}, args.overrides, Recipe), "recipe")
     pretrain(recipe, args.output_dir)
 
 

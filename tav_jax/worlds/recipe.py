@@ -5,13 +5,26 @@ from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from tav_jax.errors import UserError
+from tav_jax.settings import (
+    STRICT,
+    BatchSize,
+    Count,
+    Decay,
+    GuidanceScale,
+    Rate,
+    Seed,
+    Share,
+    Steps,
+)
 from tav_jax.types import PRNGKey
 
+MOST_IMAGES = 10**6  # 3 GB
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
     """Numbers of the training. The defaults made the shipped `tiny-scenes`.
 
@@ -41,24 +54,30 @@ class Recipe:
         checkpointing_steps: Steps between checkpoints. Each checkpoint is evaluated.
     """
 
-    seed: int = 0
-    scenes: int = 16_000
-    frames_per_scene: int = 4
-    vae_steps: int = 2_200
-    vae_batch: int = 32
-    vae_learning_rate: float = 2e-3
-    kl_weight: float = 1e-4
-    silhouette_weight: float = 0.3
+    seed: Seed = 0
+    scenes: Count = 16_000
+    frames_per_scene: BatchSize = 4
+    vae_steps: Steps = 2_200
+    vae_batch: BatchSize = 32
+    vae_learning_rate: Rate = 2e-3
+    kl_weight: GuidanceScale = 1e-4
+    silhouette_weight: GuidanceScale = 0.3
     prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
-    steps: int = 7_000
-    batch: int = 64
-    learning_rate: float = 1.5e-3
-    group_share: float = 0.33
-    caption_dropout: float = 0.1
-    ema: float = 0.999
-    guidance_scale: float = 3.0
-    probe: int = 100
-    checkpointing_steps: int = 1_000
+    steps: Steps = 7_000
+    batch: BatchSize = 64
+    learning_rate: Rate = 1.5e-3
+    group_share: Share = 0.33
+    caption_dropout: Share = 0.1
+    ema: Decay = 0.999
+    guidance_scale: GuidanceScale = 3.0
+    probe: Count = 100
+    checkpointing_steps: Steps = 1_000
+
+    def __post_init__(self) -> None:
+        if self.frames_per_scene > self.batch:
+            raise UserError("frames_per_scene: a batch must hold at least one scene's frames")
+        if self.scenes * self.frames_per_scene > MOST_IMAGES:
+            raise UserError(f"scenes: at most {MOST_IMAGES} images in the training set")
 
 
 class TrainingKeys(NamedTuple):

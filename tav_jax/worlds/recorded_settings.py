@@ -7,6 +7,7 @@ from typing import Any
 
 from tav_jax.errors import UserError
 from tav_jax.files import atomic_write
+from tav_jax.reading import read_json
 from tav_jax.settings import parse
 
 
@@ -23,12 +24,12 @@ def differ_from_recorded(file: Path, settings: Any) -> bool:
     if not file.is_file():
         return False
     try:
-        return parse(type(settings), json.loads(file.read_text()), str(file)) != settings
-    except (UserError, json.JSONDecodeError):
+        return parse(type(settings), read_json(file), str(file)) != settings
+    except UserError:
         return True
 
 
 def record_settings(file: Path, settings: Any) -> None:
     """Write settings, a pydantic dataclass, to a JSON file."""
     with atomic_write(file) as path:
-        path.write_text(json.dumps(asdict(settings), indent=2) + "\n")
+        path.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")

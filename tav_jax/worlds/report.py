@@ -144,7 +144,7 @@ def write_report(
         table(of, SOURCE),
     ]
     with atomic_write(folder / "report.md") as path:
-        path.write_text("\n\n".join(parts) + "\n")
+        path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     figure = plot_sweep(of, sweep) if sweep else plot_variants(of)
     figure.savefig(folder / f"{folder.name}.png", dpi=110)
     plt.close(figure)

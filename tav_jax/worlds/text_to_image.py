@@ -1,6 +1,5 @@
 """python -m tav_jax.worlds.text_to_image: measure how often a model draws what captions name."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +7,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from tav_jax.console import command, say
+from tav_jax.console import Parser, command, say
+from tav_jax.errors import UserError
 from tav_jax.pipeline import decode_latents, random_latents, sample_latents
 from tav_jax.pretrained.model import Model, load_model
+from tav_jax.settings import Count, GuidanceScale, StepsFromZero, wrong_option
 from tav_jax.video.sheets import contact_sheet
 from tav_jax.video.write import to_frames, write_image
 from tav_jax.worlds.tiny_scenes.detector import read_frame
@@ -89,7 +90,7 @@ def draw_scenes(
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, by default the process's own."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tav_jax.worlds.text_to_image",
         description="Let a model draw random captions, and measure how often a detector finds in "
         "the images what the captions name.",
@@ -101,6 +102,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="some of the images")
     args = parser.parse_args(argv)
+    wrong = [
+        wrong_option("--count", Count, args.count),
+        wrong_option("--seed", StepsFromZero, args.seed),
+        *(wrong_option("--guidance-scale", GuidanceScale, scale) for scale in args.guidance_scale),
+    ]
+    if problems := [problem for problem in wrong if problem]:
+        raise UserError("\n".join(problems))
     model = load_model(args.model, attention_scope="spatial")
     rows = {}
     for scale in args.guidance_scale:

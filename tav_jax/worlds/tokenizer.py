@@ -45,9 +45,9 @@ def write_tokenizer(folder: Path, words: Sequence[str], max_length: int) -> CLIP
     tokens += ["".join(merge) for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     settings = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": max_length,
@@ -59,5 +59,7 @@ def write_tokenizer(folder: Path, words: Sequence[str], max_length: int) -> CLIP
         "add_prefix_space": False,
         "errors": "replace",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+    )
     return CLIPTokenizer.from_pretrained(folder)

@@ -160,7 +160,7 @@ def train(
     began = time.perf_counter()
     losses = []
     with (
-        metrics.open("a", buffering=1) as log,
+        metrics.open("a", buffering=1, encoding="utf-8") as log,
         progress_bar(name, total=stage.steps, initial=start) as bar,
     ):
         for step in range(start + 1, stage.steps + 1):

@@ -464,10 +464,12 @@ def test_without_the_inverted_clip_noise_is_drawn_from_the_seed(write_config, cl
 
 
 def test_a_run_that_learns_nothing_stops_and_says_so(write_config, cli, tmp_path):
-    outcome = cli(tune, "--config", write_config(learning_rate=0, trainable_modules=FEW))
+    # A weight of float32 stays the same if so little is added.
+    config = write_config(learning_rate=1e-12, adam_weight_decay=0, trainable_modules=FEW[:1])
+    outcome = cli(tune, "--config", config)
     assert outcome.status == 1
     [error] = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
-    assert f"nothing has moved in {', '.join(FEW)}" in error
+    assert f"nothing has moved in {FEW[0]}" in error
     assert "learning_rate" in error
     # The check comes before the first checkpoint and sample.
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl"}
@@ -477,12 +479,12 @@ def test_a_loss_that_is_no_number_stops_the_run_in_one_line(material, write_conf
     model = shutil.copytree(material.model, tmp_path / "model")
     weights = model / "unet/diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
-    tensors["conv_out.bias"][0] = np.nan
+    tensors["conv_out.bias"][0] = 3e38  # finite, but its square is not
     save_file(tensors, weights)
     outcome = cli(tune, "--config", write_config(pretrained_model_path=str(model)))
     assert outcome.status == 1
     [error] = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
-    assert "step 1: loss nan" in error
+    assert "step 1: loss inf" in error
     [line] = read_metrics(tmp_path / "run")
     assert line["loss"] is None, "JSON has no NaN"
     assert not (tmp_path / "run/checkpoints").exists()

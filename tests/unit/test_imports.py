@@ -7,8 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "tav_jax"
 FLOORS = (
-    {"types", "errors"},
-    {"files", "settings", "progress"},
+    {"types", "errors", "text"},
+    {"reading", "progress"},
+    {"files", "settings"},
     {"models", "diffusion", "video"},
     {"parallel", "pretrained"},
     {"training"},
