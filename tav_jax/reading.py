@@ -132,6 +132,12 @@ def parse_yaml(text: str, where: str) -> Any:
         loader = _Loader(text)
         node = loader.get_single_node()
         return None if node is None else _build(loader, node, where)
+    except _RefusedError as error:
+        raise UserError(f"{where}: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        why = shorten(", ".join(part for part in (error.context, error.problem) if part))
+        line = _line(error.problem_mark or error.context_mark)
+        raise UserError(f"{where}: not YAML: {why}, {line}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{where}: not YAML: {shorten(str(error))}") from None
     finally:
@@ -144,6 +150,17 @@ class Key(str):
 
     file: str
     line: int
+
+
+class _RefusedError(Exception):
+    """YAML that we do not take."""
+
+    def __init__(self, problem: str, mark: Any):
+        super().__init__(f"{problem}, {_line(mark)}")
+
+
+def _line(mark: Any) -> str:
+    return f"line {mark.line + 1}" if mark else ""
 
 
 class _Loader(yaml.SafeLoader):
@@ -163,12 +180,12 @@ class _Loader(yaml.SafeLoader):
             self.has_aliases = True
             node = super().compose_node(parent, index)
             if id(node) not in self.sizes:
-                raise yaml.MarkedYAMLError(problem="an alias of itself", problem_mark=mark)
+                raise _RefusedError("an alias of itself", mark)
             return node
         self.depth += 1
         if self.depth > MOST_DEPTH:
             problem = f"more than {MOST_DEPTH} values within each other"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+            raise _RefusedError(problem, mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         size = 1
@@ -179,7 +196,7 @@ class _Loader(yaml.SafeLoader):
         self.sizes[id(node)] = size
         if self.has_aliases and size > MOST_ALIASED:
             problem = f"its aliases stand for more than {MOST_ALIASED} values"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+            raise _RefusedError(problem, mark)
         return node
 
 
@@ -200,9 +217,11 @@ def _build(loader: _Loader, node: yaml.Node, where: str) -> Any:
     try:
         value = loader.construct_object(node, deep=True)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise _error(f"a value that cannot be read ({shorten(str(error), 100)})", node) from None
+        raise _RefusedError(
+            f"a value that cannot be read ({shorten(str(error), 100)})", node.start_mark
+        ) from None
     if isinstance(value, str) and (half := SURROGATE.search(value)):
-        raise _error(f"half a character, {brief(half.group())}", node)
+        raise _RefusedError(f"half a character, {brief(half.group())}", node.start_mark)
     return value
 
 
@@ -212,7 +231,7 @@ def _refuse_repeated_keys(loader: _Loader, node: yaml.MappingNode, where: str) -
         if key_node.tag != "tag:yaml.org,2002:merge":
             key = _key(loader, key_node, where)
             if key in seen:
-                raise _error(f"the key {brief(key)} is there twice", key_node)
+                raise _RefusedError(f"the key {brief(key)} is there twice", key_node.start_mark)
             seen.add(key)
 
 
@@ -221,11 +240,7 @@ def _key(loader: _Loader, node: yaml.Node, where: str) -> Any:
     if not isinstance(value, str):
         if isinstance(node, yaml.ScalarNode):
             return value
-        raise _error("a key that is no word", node)
+        raise _RefusedError("a key that is no word", node.start_mark)
     key = Key(value)
     key.file, key.line = where, node.start_mark.line + 1
     return key
-
-
-def _error(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)

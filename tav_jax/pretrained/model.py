@@ -15,11 +15,11 @@ from jaxtyping import Int32
 from tav_jax.diffusion.schedule import NoiseSchedule
 from tav_jax.errors import MissingFileError, UserError
 from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
-from tav_jax.models.clip import CLIPTextModel
+from tav_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from tav_jax.models.compute import ComputeOptions, GradientCheckpointing
 from tav_jax.models.network import Network, parameter_shapes
-from tav_jax.models.unet import UNet3DConditionModel
-from tav_jax.models.vae import AutoencoderKL
+from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
+from tav_jax.models.vae import AutoencoderKL, VAEConfig
 from tav_jax.pretrained import configs as published_config
 from tav_jax.pretrained import weights
 from tav_jax.pretrained.hub import WEIGHT_STEMS, find_folder
@@ -92,10 +92,17 @@ def load_model(
         raise MissingFileError(
             f"{folder}: not a Stable Diffusion folder, it has no {', no '.join(missing)}"
         )
+    # All that is small is checked before weights are read.
     if (folder / INDEX_NAME).exists():
         published_config.check_index(read_json(folder / INDEX_NAME), f"{folder}/{INDEX_NAME}")
+    schedule = load_schedule(folder / "scheduler")
+    text_config, vae_config, unet_config = _read_configs(folder)
+    for part, stem in WEIGHT_STEMS.items():
+        weights.find_files(folder / part, stem, variant)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    _check_parts_match(folder, tokenizer, text_config, vae_config, unet_config)
     model = Model(
-        load_tokenizer(folder / "tokenizer"),
+        tokenizer,
         load_text_encoder(folder / "text_encoder", dtype=dtype, variant=variant),
         load_vae(folder / "vae", dtype=dtype, variant=variant),
         load_unet(
@@ -105,37 +112,45 @@ def load_model(
             key=key,
             variant=variant,
         ),
-        load_schedule(folder / "scheduler"),
+        schedule,
     )
     unet = model.unet.with_config(attention_scope=attention_scope)
     unet = unet.with_compute(
         attention_implementation=attention, gradient_checkpointing=gradient_checkpointing
     )
-    model = model.with_unet(unet)
-    _check_networks_match(folder, model)
-    return model
+    return model.with_unet(unet)
 
 
-def _check_networks_match(folder: Path, model: Model) -> None:
+def _read_configs(folder: Path) -> tuple[CLIPTextConfig, VAEConfig, UNetConfig]:
+    """Return the configs of a model's networks, which are in its folder."""
+    published = {part: read_json(folder / part / "config.json") for part in WEIGHT_STEMS}
+    where = {part: f"{folder / part}/config.json" for part in WEIGHT_STEMS}
+    return (
+        published_config.read_text_config(published["text_encoder"], where["text_encoder"]),
+        published_config.read_vae_config(published["vae"], where["vae"]),
+        published_config.read_unet_config(published["unet"], where["unet"]),
+    )
+
+
+def _check_parts_match(
+    folder: Path, tokenizer: Any, text: CLIPTextConfig, vae: VAEConfig, unet: UNetConfig
+) -> None:
     """Raise `UserError` if the tokenizer, the text encoder, the VAE and the U-Net do not fit."""
-    tokens = max(model.tokenizer.get_vocab().values(), default=-1) + 1
-    rows = model.text_encoder.config.vocab_size
-    if tokens > rows:
+    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if tokens > text.vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer has {tokens} tokens, the text encoder embeds {rows}"
+            f"{folder}: the tokenizer has {tokens} tokens, the text encoder embeds "
+            f"{text.vocab_size}"
         )
-    unet = model.unet.config
-    width = model.text_encoder.config.hidden_size
-    if width != unet.cross_attention_dim:
+    if text.hidden_size != unet.cross_attention_dim:
         raise UserError(
-            f"{folder}: the text encoder gives states {width} wide, the U-Net takes "
+            f"{folder}: the text encoder gives states {text.hidden_size} wide, the U-Net takes "
             f"{unet.cross_attention_dim}"
         )
-    channels = model.vae.config.latent_channels
-    if channels != unet.in_channels:
+    if vae.latent_channels != unet.in_channels:
         raise UserError(
-            f"{folder}: the U-Net takes {unet.in_channels} channels, the VAE gives {channels} "
-            "(inpainting models are of that kind)"
+            f"{folder}: the U-Net takes {unet.in_channels} channels, the VAE gives "
+            f"{vae.latent_channels} (inpainting models are of that kind)"
         )
 
 

@@ -13,6 +13,7 @@ other module of the package.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ INFINITIES = {
     "float32": 0x7F800000,
     "float64": 0x7FF0000000000000,
 }
+CHUNK = 2**18  # numbers
 WEIGHT_TYPES = ("F16", "BF16", "F32", "F64")
 MOST_OF_A_KIND = 3  # tensors that are named, if more are missing, left over or of another shape
 MOST_HEADER_BYTES = 100_000_000  # the limit of the library safetensors
@@ -117,18 +119,22 @@ def merge(
     """
     params: Params = {}
     matching = _Matching(shapes, may_lack)
-    for published_name, tensor in tensors:
-        name = matching.find(published_name, tensor.shape)
-        if name is not None:
+    finite = {}
+    # A thread of its own looks at a tensor's numbers while the next one is read and cast.
+    with ThreadPoolExecutor(1) as pool:
+        for published_name, tensor in tensors:
+            name = matching.find(published_name, tensor.shape)
+            if name is None:
+                continue
             if tensor.dtype.name not in INFINITIES:
-                raise UserError(
-                    f"{where}: {published_name} has the type {tensor.dtype}, no weight's"
-                )
-            if not is_finite(tensor):
-                raise UserError(f"{where}: {published_name} has values that are not finite numbers")
+                raise UserError(f"{where}: {published_name}: {tensor.dtype} is no type of weights")
+            finite[published_name] = pool.submit(is_finite, tensor)
             _, value = to_parameter(published_name, tensor)
             params[name] = jnp.asarray(value.astype(dtype_of(name)))
     matching.finish(where)
+    if broken := [name for name, check in finite.items() if not check.result()]:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise UserError(f"{where}: {broken[0]}{more}: some values are NaN or infinite")
     return params
 
 
@@ -199,12 +205,14 @@ def is_finite(tensor: np.ndarray) -> bool:
     A number is infinite or NaN if all bits of its exponent are set. As integers these are the
     largest of both signs, so two maxima decide, without an array of truths.
     """
-    if tensor.size == 0:
-        return True
-    infinity = INFINITIES[tensor.dtype.name]
-    bits = 8 * tensor.dtype.itemsize
-    signed, unsigned = tensor.view(f"i{bits // 8}"), tensor.view(f"u{bits // 8}")
-    return bool(signed.max() < infinity and unsigned.max() < infinity + 2 ** (bits - 1))
+    infinity, bits = INFINITIES[tensor.dtype.name], 8 * tensor.dtype.itemsize
+    signed = np.ascontiguousarray(tensor).reshape(-1).view(f"i{bits // 8}")
+    unsigned = signed.view(f"u{bits // 8}")
+    for start in range(0, tensor.size, CHUNK):  # which stays in the cache for the second maximum
+        few = slice(start, start + CHUNK)
+        if signed[few].max() >= infinity or unsigned[few].max() >= infinity + 2 ** (bits - 1):
+            return False
+    return True
 
 
 def _published_shape(name: str, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[int]:
