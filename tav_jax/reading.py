@@ -118,7 +118,7 @@ def read_yaml(path: Path, option: str) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Return the content of YAML text. Its string keys are `Key`s.
+    """Return the content of YAML text. Its keys are `Key`s.
 
     Args:
         text: The text.
@@ -208,7 +208,7 @@ def _build(loader: _Loader, node: yaml.Node, where: str) -> Any:
             _refuse_repeated_keys(loader, node, where)
             loader.flatten_mapping(node)
             loader.flattened.add(id(node))
-        tree: dict[Any, Any] = {}
+        tree: dict[Key, Any] = {}
         for key_node, value in node.value:
             key = _key(loader, key_node, where)
             tree.pop(key, None)  # of a merged mapping, whose key has another line
@@ -235,12 +235,9 @@ def _refuse_repeated_keys(loader: _Loader, node: yaml.MappingNode, where: str) -
             seen.add(key)
 
 
-def _key(loader: _Loader, node: yaml.Node, where: str) -> Any:
-    value = _build(loader, node, where) if isinstance(node, yaml.ScalarNode) else None
-    if not isinstance(value, str):
-        if isinstance(node, yaml.ScalarNode):
-            return value
+def _key(loader: _Loader, node: yaml.Node, where: str) -> Key:
+    if not isinstance(node, yaml.ScalarNode):
         raise _RefusedError("a key that is no word", node.start_mark)
-    key = Key(value)
+    key = Key(_build(loader, node, where) if node.tag.endswith(":str") else node.value)
     key.file, key.line = where, node.start_mark.line + 1
     return key

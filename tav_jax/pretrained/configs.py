@@ -101,14 +101,9 @@ def read_unet_config(published: Published, where: str = "unet/config.json") -> U
         widths, heads = json.block_out_channels, json.attention_head_dim
         if len(heads) == 1:
             heads = heads * len(widths)
-        levels: dict[str, Sequence[Any]] = {
-            "down_attention": down_attention,
-            "up_attention": up_attention,
-            "num_attention_heads": heads,
-        }
-        for name, value in levels.items():
-            if len(value) != len(widths):
-                read.problem(f"{name}: expected {len(widths)} levels, got {value}")
+        read.levels("down_block_types as down_attention", down_attention, len(widths))
+        read.levels("up_block_types as up_attention", up_attention, len(widths))
+        read.levels("attention_head_dim as num_attention_heads", heads, len(widths))
         for width, count in zip(widths, heads, strict=False):
             if width % count or width % json.norm_num_groups:
                 groups = f"{count} heads and {json.norm_num_groups} groups"
@@ -116,6 +111,8 @@ def read_unet_config(published: Published, where: str = "unet/config.json") -> U
     known = {*UNET_IRRELEVANT, "cross_attention_dim", "use_linear_projection", "norm_eps"}
     read.finish({*known, "flip_sin_to_cos", "freq_shift", "sample_size"})
     assert json is not None
+    assert down_attention is not None
+    assert up_attention is not None
     return UNetConfig(
         in_channels=json.in_channels,
         out_channels=json.out_channels,
@@ -220,14 +217,13 @@ def read_vae_config(published: Published, where: str = "vae/config.json") -> VAE
 
     read = _Reader(published, where)
     read.demand(VAE_DEMANDS)
-    read.blocks("down_block_types", {"DownEncoderBlock": False})
-    read.blocks("up_block_types", {"UpDecoderBlock": False})
+    down = read.blocks("down_block_types", {"DownEncoderBlock": False})
+    up = read.blocks("up_block_types", {"UpDecoderBlock": False})
     json = read.parse(VaeJson, published)
     if json is not None:
         widths = json.block_out_channels
-        for name in ("down_block_types", "up_block_types"):
-            if len(getattr(json, name)) != len(widths):
-                read.problem(f"{name}: expected {len(widths)} levels")
+        read.levels("down_block_types", down, len(widths))
+        read.levels("up_block_types", up, len(widths))
         for width in widths:
             if width % json.norm_num_groups:
                 read.problem(f"width {width}: not divisible by {json.norm_num_groups} groups")
@@ -335,14 +331,23 @@ class _Reader:
                 self.problem(f"{name}: {text}")
         return None
 
-    def blocks(self, name: str, known: Mapping[str, bool]) -> tuple[bool, ...]:
-        """Return whether each block of a list attends, by its class name without 2D or 3D."""
+    def blocks(self, name: str, known: Mapping[str, bool]) -> tuple[bool, ...] | None:
+        """Return whether each block of a list attends, by its class name without 2D or 3D.
+
+        None if some are not supported.
+        """
         published = self.published.get(name)
         names = published if isinstance(published, list | tuple) else []
         kinds = [str(kind).removesuffix("2D").removesuffix("3D") for kind in names]
-        for kind in sorted(set(kinds) - set(known))[:MOST_KINDS]:
+        unknown = sorted(set(kinds) - set(known))
+        for kind in unknown[:MOST_KINDS]:
             self.problem(f"{name}: {shorten(kind, 60)} is not supported, only {', '.join(known)}")
-        return tuple(known.get(kind, False) for kind in kinds)
+        return None if unknown else tuple(known[kind] for kind in kinds)
+
+    def levels(self, name: str, values: Sequence[Any] | None, levels: int) -> None:
+        """Note that there is not one value for each level; None has been noted already."""
+        if values is not None and len(values) != levels:
+            self.problem(f"{name}: expected {levels} levels, got {brief(list(values))}")
 
     def demand(self, demands: Mapping[str, tuple[Any, ...]]) -> None:
         for name, values in demands.items():

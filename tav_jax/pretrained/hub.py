@@ -73,7 +73,10 @@ def _what_file(path: Path) -> str:
         return problem
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
-        kind = weights.describe_file(path)
+        try:
+            kind = weights.describe_file(path)
+        except UserError as error:
+            return str(error).removeprefix(f"{path}: ")
     elif suffix in (".ckpt", ".pt", ".pth", ".bin"):
         kind = "a pickled checkpoint"
     else:

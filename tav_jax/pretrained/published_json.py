@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -120,13 +121,14 @@ class ScheduleJson(PublishedJson):
     set_alpha_to_one: StrictBool = True
 
 
-class TokenJson(PublishedJson):
-    """A token of a tokenizer with its properties."""
+def _is_token(value: Any) -> Any:
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str) or len(text) > 1000:
+        raise ValueError("Input should be a token, or an object with its content")
+    return value
 
-    content: Annotated[StrictStr, Field(max_length=1000)]
 
-
-Token = Annotated[StrictStr, Field(max_length=1000)] | TokenJson | None
+Token = Annotated[Any, AfterValidator(_is_token)]
 
 
 class TokenizerJson(PublishedJson):

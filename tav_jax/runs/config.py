@@ -155,7 +155,7 @@ def _is_axis_size(value: int) -> int:
     return value
 
 
-AxisSize = Annotated[Integer, AfterValidator(_is_axis_size)]
+AxisSize = Annotated[Integer, Field(le=10**6), AfterValidator(_is_axis_size)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -358,7 +358,11 @@ def parse_config(tree: dict[str, Any], where: str = "config") -> TuneConfig:
 
 def parse_mesh(text: str) -> MeshSizes:
     """Return sizes from text such as `data=1,frames=4`. Errors are those of `load_config`."""
-    return parse(MeshSizes, override({}, text.split(","), MeshSizes), "--mesh")
+    try:
+        tree = override({}, text.split(","), MeshSizes)
+    except UserError as error:
+        raise UserError(f"--mesh: {error}") from None
+    return parse(MeshSizes, tree, "--mesh")
 
 
 def with_absolute_paths(config: TuneConfig) -> TuneConfig:
