@@ -146,6 +146,26 @@ def test_a_sheet_that_is_missing_is_made_even_if_no_video_is(run_copy, cli):
     assert sheet.is_file()
 
 
+@pytest.mark.parametrize("record", ['{"prompt": ', "[1]", '{"prompt": 3}', "{}"])
+def test_a_damaged_record_of_another_video_does_not_stop_the_sheet(record, run_copy, cli):
+    folder = run_copy / "samples/sample-6"
+    (folder / "a cat.json").write_text(record)
+    (folder / "contact-sheet.png").unlink()
+    outcome = cli(sample, "--run", run_copy, "--prompt", "a ball is moving")
+    assert outcome.status == 0
+    assert f"the contact sheet goes without a video: {folder / 'a cat.json'}: " in outcome.out
+    assert (folder / "contact-sheet.png").is_file()
+    assert (folder / "a cat.json").read_text() == record
+
+
+def test_prompts_that_the_labels_font_cannot_write_stand_in_a_legend(finished_run, cli, tmp_path):
+    folder = tmp_path / "edits"
+    arguments = ["--run", finished_run.folder, "--prompt", "一只猫", "--output-dir", folder]
+    assert cli(sample, *arguments).status == 0
+    assert (folder / "contact-sheet.txt").read_text(encoding="utf-8") == "row 2: 一只猫\n"
+    assert (folder / "一只猫.mp4").is_file()
+
+
 def test_a_video_of_other_settings_is_kept_unless_told_otherwise(run_copy, cli, compiled):
     video = run_copy / "samples/sample-6/a cat.mp4"
     before, pixels = listing(run_copy), read_video(video)

@@ -286,6 +286,38 @@ def test_a_run_goes_on_in_another_place(finished_run, cli, tmp_path):
     assert "done, 6 of 6 steps" in outcome.out
 
 
+def test_a_run_without_a_seed_draws_one_and_keeps_it(write_config, cli, tmp_path):
+    config = write_config(validation_data={"prompts": []}, max_train_steps=1, checkpointing_steps=1)
+    first = cli(tune, "--config", config, "seed=null")
+    assert first.status == 0, first.err
+    seed = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["seed"]
+    assert f"note: seed: null: the run has the seed {seed}\n" in first.out
+    again = cli(tune, "--config", config, "seed=null")
+    assert again.status == 0, again.err
+    assert f"the run has the seed {seed}\n" in again.out
+    assert "done, 1 of 1 steps" in again.out
+
+
+@pytest.mark.parametrize("line", ['{"step": 2', "5", "[1]", '{"stop": 2}'])
+def test_a_run_goes_on_although_its_metrics_are_damaged(line, finished_run, cli, tmp_path):
+    run = shutil.copytree(finished_run.folder, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/6")
+    shutil.rmtree(run / "samples/sample-6")
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(f"{line}\n{metrics.read_text()}")
+    arguments = [f"output_dir={run}", "validation_data.prompts=[]"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["validation_data"]["prompts"] = []  # else the videos take longest
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    outcome = cli(tune, "--config", run / "config.yaml", *arguments)
+    assert outcome.status == 0, outcome.err
+    assert "warning: " in outcome.err
+    assert "1 damaged lines were moved to metrics.jsonl.damaged" in outcome.err
+    assert (run / "metrics.jsonl.damaged").read_text() == f"{line}\n"
+    steps = [row["step"] for row in read_metrics(run)]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
 def test_an_interrupted_run_says_so(start, write_config, tmp_path):
     config = write_config(validation_data={"prompts": []}, max_train_steps=3000)
     process = start("-m", "tav_jax.tune", "--config", config)
