@@ -23,14 +23,36 @@ REFERENCE_WHITE = 203.0  # cd/m2, of graphics and paper in HDR: ITU-R BT.2408
 
 HLG_PEAK = 1000.0  # cd/m2, of the display for which BT.2100 gives the system gamma 1.2
 
-# Linear light, ITU-R BT.2087.
-BT2020_FROM_BT709 = [[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]]
+# From BT.709's primaries to others, in linear light. ITU-R BT.2087; the second by the
+# chromaticities of SMPTE EG 432-1.
+FROM_BT709: dict[int, list[list[float]]] = {
+    ColorPrimaries.BT2020: [
+        [0.6274, 0.3293, 0.0433],
+        [0.0691, 0.9195, 0.0114],
+        [0.0164, 0.0880, 0.8956],
+    ],
+    ColorPrimaries.SMPTE432: [
+        [0.8225, 0.1775, 0.0000],
+        [0.0332, 0.9668, 0.0000],
+        [0.0171, 0.0724, 0.9105],
+    ],
+}
 
 BT2020_LUMINANCE = np.array([0.2627, 0.6780, 0.0593], np.float32)  # BT.2100
 
 HD_LINES = 720  # from here on players take an untagged clip for BT.709, below it for BT.601
 
-UNSPECIFIED_MATRIX = 2  # FFmpeg's AVCOL_SPC_UNSPECIFIED
+# Matrices by their numbers in ITU-T H.273, which are FFmpeg's. Others are taken for untagged.
+READ_MATRICES = (1, 4, 5, 6, 7, 9)
+
+OTHER_MATRICES = {
+    8: "YCgCo",
+    10: "BT.2020 with constant luminance",
+    11: "Y'D'zD'x",
+    12: "derived from the primaries",
+    13: "derived from the primaries, with constant luminance",
+    14: "ICtCp",
+}
 
 ROWS = 128  # of an HDR frame are converted at once, which bounds the memory
 
@@ -43,6 +65,11 @@ def hdr_curve(frame: VideoFrame) -> str | None:
     return HDR_CURVES.get(frame.color_trc)
 
 
+def unread_matrix(frame: VideoFrame) -> str | None:
+    """Return the name of a frame's colour matrix if it is one that `to_image` does not know."""
+    return None if frame.format.is_rgb else OTHER_MATRICES.get(frame.colorspace)
+
+
 def to_image(frame: VideoFrame, reformatter: VideoReformatter) -> Image.Image:
     """Return a decoded frame as an RGB image.
 
@@ -52,19 +79,20 @@ def to_image(frame: VideoFrame, reformatter: VideoReformatter) -> Image.Image:
     Args:
         frame: The frame.
         reformatter: Keeps swscale's tables from one frame to the next.
-
-    Raises:
-        FFmpegError: The colours are of a kind that swscale does not convert.
     """
-    transparent = any(component.is_alpha for component in frame.format.components)
-    wide = hdr_curve(frame) or frame.color_primaries == ColorPrimaries.BT2020
-    if wide:
+    transparent = frame.format.has_palette or any(
+        component.is_alpha for component in frame.format.components
+    )
+    curve = hdr_curve(frame)
+    if curve or frame.color_primaries in FROM_BT709:
+        primaries = frame.color_primaries
+        if primaries == ColorPrimaries.UNSPECIFIED:
+            primaries = ColorPrimaries.BT2020
         rgba = _reformat(frame, reformatter, "rgba64le")
-        pixels = np.empty(rgba.shape, np.uint8)
+        pixels = (rgba >> 8).astype(np.uint8)
         for start in range(0, len(rgba), ROWS):
             rows = slice(start, start + ROWS)
-            pixels[rows, :, :3] = bt2020_to_srgb(rgba[rows, :, :3], hdr_curve(frame))
-        pixels[..., 3] = rgba[..., 3] >> 8
+            pixels[rows, :, :3] = to_srgb(rgba[rows, :, :3], curve, primaries)
         if not transparent:
             pixels = pixels[..., :3]
     else:
@@ -74,9 +102,9 @@ def to_image(frame: VideoFrame, reformatter: VideoReformatter) -> Image.Image:
 
 
 def _reformat(frame: VideoFrame, reformatter: VideoReformatter, format: str) -> np.ndarray:
-    # swscale would take every untagged frame for BT.601. Without a matrix in RGB the tag is moot.
     matrix = None
-    if frame.colorspace == UNSPECIFIED_MATRIX and not frame.format.is_rgb:
+    # swscale would take every untagged frame for BT.601.
+    if frame.colorspace not in READ_MATRICES and not frame.format.is_rgb:
         matrix = Colorspace.ITU709 if frame.height >= HD_LINES else Colorspace.ITU601
     return reformatter.reformat(
         frame,
@@ -87,22 +115,24 @@ def _reformat(frame: VideoFrame, reformatter: VideoReformatter, format: str) -> 
     ).to_ndarray()
 
 
-def bt2020_to_srgb(
-    signal: UInt16[np.ndarray, "H W 3"], curve: str | None
+def to_srgb(
+    signal: UInt16[np.ndarray, "H W 3"], curve: str | None, primaries: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Return sRGB pixels from BT.2020 signals.
+    """Return sRGB pixels from signals of another curve and other primaries.
 
     Args:
         signal: R'G'B' of full range: 65535 is 1.
-        curve: "PQ" or "HLG" by BT.2100, or None for a signal with sRGB's curve.
+        curve: "PQ" or "HLG" by BT.2100, or None for sRGB's.
+        primaries: A number of ITU-T H.273. Those that `FROM_BT709` lacks are taken for BT.709's.
     """
     light = _light_table(curve)[signal]  # 1 is reference white
     if curve == "HLG":
         light *= (light @ BT2020_LUMINANCE)[..., None] ** np.float32(0.2)  # system gamma 1.2
         light *= np.float32(HLG_PEAK / REFERENCE_WHITE)
-    light = light @ np.linalg.inv(BT2020_FROM_BT709).T.astype(np.float32)
+    if primaries in FROM_BT709:
+        light = light @ np.linalg.inv(FROM_BT709[primaries]).T.astype(np.float32)
     light /= light.max(axis=-1, keepdims=True).clip(1)
-    return _srgb_table()[(light.clip(0, 1) * 65535).astype(np.uint16)]
+    return _srgb_table()[np.rint(light.clip(0, 1) * 65535).astype(np.uint16)]
 
 
 @cache

@@ -17,7 +17,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from tav_jax.errors import UserError
-from tav_jax.video.colour import hdr_curve, to_image
+from tav_jax.video.colour import hdr_curve, to_image, unread_matrix
 from tav_jax.video.images import MAX_PIXELS, Choose, Resize, refuse_large
 
 # FFmpeg's demuxers of video files. It has others that read text as pictures, follow playlists to
@@ -70,7 +70,10 @@ def read_video(
             with suppress(_NotAsIndexedError), _open(path) as video:
                 return video.read_by_time(wanted, index, resize), video.rate(wanted)
         with _open(path) as video:
-            wanted = choose(sum(1 for _ in video.decode()))
+            length = sum(1 for _ in video.decode())
+        if not length:
+            raise _no_frame(path)
+        wanted = choose(length)
     with _open(path) as video:
         frames, seen = [], 0
         for seen, frame in enumerate(islice(video.decode(), wanted[-1] + 1), start=1):
@@ -122,12 +125,10 @@ class _Video:
             raise _no_frame(path)
         refuse_large(path, stream.width, stream.height)
         self.decoder = stream.codec_context
-        self.is_own_decoder = False
         if stream.metadata.get("alpha_mode") == "1" and self.decoder.name in ALPHA_DECODERS:
             decoder = av.CodecContext.create(ALPHA_DECODERS[self.decoder.name], "r")
             assert isinstance(decoder, av.VideoCodecContext)
             self.decoder = decoder
-            self.is_own_decoder = True
         self.decoder.options = {"max_pixels": str(MAX_PIXELS)}
         self.decoder.thread_type = "AUTO"
         self.decoder.thread_count = 4  # each thread decodes a frame in advance
@@ -155,11 +156,10 @@ class _Video:
         """Return the times of all frames, found without decoding, or None if that is not exact."""
         # Some packets of VP8 hold no frame that is shown. In other containers some hold half a
         # frame, or have no time.
-        if (
-            self.is_own_decoder
-            or self.decoder.name == "vp8"
-            or not self.container.format.name.startswith(("mov", "matroska"))
-        ):
+        if self.decoder.name in (
+            *ALPHA_DECODERS.values(),
+            "vp8",
+        ) or not self.container.format.name.startswith(("mov", "matroska")):
             return None
         times: list[int] = []
         keyframes: list[int] = []
@@ -194,7 +194,10 @@ class _Video:
             time = index.times[target]
             keyframe = index.keyframes[bisect_right(index.keyframes, time) - 1]
             if bisect_left(index.times, keyframe) > position:
-                self.container.seek(keyframe, stream=self.stream)
+                try:
+                    self.container.seek(keyframe, stream=self.stream)
+                except av.FFmpegError:
+                    raise _NotAsIndexedError from None
                 decoded = self.decode()
                 position = -1
             while position < target:
@@ -214,7 +217,7 @@ class _Video:
         for packet in self._packets():
             try:
                 frames = self.decoder.decode(packet)
-            except av.InvalidDataError:
+            except av.FFmpegError:
                 self.damaged += 1
             else:
                 yield from frames
@@ -234,6 +237,10 @@ class _Video:
                 f"{self.path}: HDR ({curve}) is converted to SDR: 203 cd/m2 becomes white, and "
                 "brighter parts are dimmed to it",
                 stacklevel=2,
+            )
+        if matrix := unread_matrix(frame):
+            raise UserError(
+                f"{self.path}: its colour matrix ({matrix}) is not supported; convert it to BT.709"
             )
         self.times.append(frame.time)
         image = to_image(frame, self.reformatter)

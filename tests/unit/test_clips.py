@@ -752,6 +752,50 @@ def test_the_wide_colours_of_sdr_in_bt2020_become_srgb_without_a_note(tmp_path):
     np.testing.assert_allclose(at_patches(seen), PATCHES, atol=4)
 
 
+def rgb_to_xyz(*chromaticities):
+    """Return the matrix of primaries that are given as (x, y) of red, green, blue and white."""
+    xyz = np.array([(x / y, 1, (1 - x - y) / y) for x, y in chromaticities]).T
+    return xyz[:, :3] * np.linalg.solve(xyz[:, :3], xyz[:, 3])
+
+
+D65 = (0.3127, 0.3290)
+BT709 = rgb_to_xyz((0.64, 0.33), (0.30, 0.60), (0.15, 0.06), D65)
+PRIMARIES = {  # by their numbers in ITU-T H.273
+    1: BT709,
+    9: rgb_to_xyz((0.708, 0.292), (0.170, 0.797), (0.131, 0.046), D65),
+    12: rgb_to_xyz((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), D65),
+}
+
+
+@pytest.mark.parametrize("curve", ["PQ", None])
+@pytest.mark.parametrize("primaries", PRIMARIES)
+def test_primaries_become_those_of_bt709(tmp_path, curve, primaries):
+    light = linear(patches() / 255) @ np.linalg.solve(PRIMARIES[primaries], BT709).T
+    light = light.clip(0)
+    srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    planes = to_yuv(pq(light) if curve else srgb, "bt709", bits=10)
+    tags = {"color_trc": 16 if curve else 13, "color_primaries": primaries, "colorspace": 1}
+    path = write_yuv(tmp_path / "a.mkv", planes, full=False, **tags)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if curve else "error")
+        [seen] = read_frames(path, n_sample_frames=1, height=HEIGHT, width=planes.shape[2])
+    np.testing.assert_allclose(at_patches(seen), PATCHES, atol=4)
+
+
+@pytest.mark.parametrize("matrix", [0, 3, 15, 200])
+def test_odd_matrices_are_taken_for_untagged(tmp_path, matrix):
+    path = write_yuv(tmp_path / "a.mkv", to_yuv(patches() / 255, "bt601"), colorspace=matrix)
+    [seen] = read_frames(path, n_sample_frames=1, height=HEIGHT, width=96)
+    np.testing.assert_allclose(at_patches(seen), PATCHES, atol=3)
+
+
+@pytest.mark.parametrize("matrix", [8, 10, 14])
+def test_matrices_that_are_not_known_are_named(tmp_path, matrix):
+    path = write_yuv(tmp_path / "a.mkv", to_yuv(patches() / 255, "bt601"), colorspace=matrix)
+    with pytest.raises(UserError, match=r"a\.mkv: its colour matrix \(.+\) is not supported; conv"):
+        read(path, 1)
+
+
 # --- rate
 
 
@@ -774,6 +818,16 @@ def test_the_rate_is_that_of_the_chosen_frames(tmp_path, name, settings, choice,
     path = write(tmp_path / name, numbered(24), **settings)
     clip = read_clip(path, n_sample_frames=4, **SIZE, **choice)
     assert clip.fps == pytest.approx(expected, rel=0.01)
+
+
+def test_the_still_image_of_an_apng_is_no_frame(tmp_path):
+    images = [Image.fromarray(frame) for frame in numbered(4)]
+    path = tmp_path / "a.png"
+    still = Image.new("RGB", images[0].size, "white")
+    still.save(path, save_all=True, append_images=images, default_image=True, duration=250)
+    clip = read_clip(path, n_sample_frames=4, **SIZE)
+    assert (numbers(clip.frames), clip.fps) == ([0, 1, 2, 3], 4)
+    assert numbers(read(path, 2, sampling="uniform")) == [0, 3]
 
 
 def test_a_clip_of_variable_rate_has_the_mean_rate_of_its_frames(tmp_path):
