@@ -84,7 +84,7 @@ def write_overview(
     suffixes = dict.fromkeys([suffix, "gif"] if joined.shape[2] <= GIF_WIDTH else [suffix])
     videos = [folder / f"{BESIDE}.{suffix}" for suffix in suffixes]
     for path in videos:
-        write_video(path, joined, fps=config.validation_data.fps)
+        write_video(path, joined, fps=run.fps)
     # Last, because the sheet's presence says that the overview is complete.
     sheet = sheet_of(folder)
     write_image(sheet, contact_sheet(rows))

@@ -147,7 +147,7 @@ def _write_sample(sample: Sample, video: Frames, folder: Path, run: Run) -> Path
     video_path.unlink(missing_ok=True)
     with atomic_write(folder / f"{sample.stem}.json") as path:
         path.write_text(json.dumps(sample.to_record(), indent=2, ensure_ascii=False) + "\n")
-    write_video(video_path, shown(video), fps=validation.fps)
+    write_video(video_path, shown(video), fps=run.fps)
     return video_path
 
 

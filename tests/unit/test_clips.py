@@ -15,6 +15,8 @@ from av.stream import Disposition
 from PIL import Image
 
 from tav_jax.errors import UserError
+from tav_jax.runs.config import parse_config
+from tav_jax.runs.run import DEFAULT_FPS, Run
 from tav_jax.video import decode
 from tav_jax.video.read import read_clip, read_frames
 
@@ -848,3 +850,34 @@ def test_sources_without_a_rate_have_none(tmp_path, source):
     clip = read_clip(tmp_path if source == "folder" else path, n_sample_frames=1, **SIZE)
     assert clip.fps is None
     assert numbers(clip.frames) == [0]
+
+
+@pytest.mark.parametrize(
+    ("source", "choice", "fps", "expected"),
+    [
+        pytest.param("a.mp4", {"sample_frame_rate": 3}, "auto", 8.0, id="every third at 24"),
+        pytest.param("a.mp4", {"sampling": "uniform"}, "auto", 24.0, id="all frames at 24"),
+        pytest.param("a.mp4", {"sample_frame_rate": 3}, 12, 12.0, id="as the user says"),
+        pytest.param("images", {}, "auto", DEFAULT_FPS, id="a folder of images"),
+    ],
+)
+def test_a_run_writes_its_videos_at_the_rate_of_the_clip(tmp_path, source, choice, fps, expected):
+    write(tmp_path / "a.mp4", numbered(24), rate=24)
+    (tmp_path / "images").mkdir()
+    for number, frame in enumerate(numbered(24)):
+        Image.fromarray(frame).save(tmp_path / f"images/{number}.png")
+    count = 24 if choice.get("sampling") else 8
+    data = {"video_path": str(tmp_path / source), "prompt": "", "n_sample_frames": count, **choice}
+    config = parse_config(
+        {
+            "pretrained_model_path": "tiny-scenes",
+            "output_dir": str(tmp_path / "run"),
+            "train_data": data | SIZE,
+            "validation_data": {"fps": fps},
+        }
+    )
+    run = Run.create(config)
+    run.record_config()
+    assert run.fps == expected
+    assert Run.open(tmp_path / "run").config.validation_data.fps == expected
+    assert Run.create(config).fps == expected
