@@ -56,8 +56,8 @@ OTHER_MATRICES = {
 
 ROWS = 128  # of an HDR frame are converted at once, which bounds the memory
 
-# As exact as swscale can: its defaults trade up to 4 levels for speed.
-_EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+# Within 2 levels of the definition; swscale's defaults are up to 4 off.
+_EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 def hdr_curve(frame: VideoFrame) -> str | None:
@@ -112,6 +112,7 @@ def _reformat(frame: VideoFrame, reformatter: VideoReformatter, format: str) -> 
         src_colorspace=matrix,
         dst_color_range=ColorRange.JPEG,
         interpolation=_EXACT,
+        threads=1,
     ).to_ndarray()
 
 
