@@ -64,6 +64,9 @@ Checkpointing = Annotated[
     BeforeValidator(lambda value: ("none", "blocks")[value] if isinstance(value, bool) else value),
 ]
 
+# None is "auto".
+ClipFps = Annotated[Fps | None, BeforeValidator(lambda value: None if value == "auto" else value)]
+
 # Keys that change how a run is computed, but not its result. A run may resume with other values.
 EXECUTION_KEYS = (
     *("attention", "gradient_checkpointing", "memory_limit_gb"),
@@ -128,7 +131,9 @@ class ValidationData(SamplingSettings):
         width: Width of the videos, in pixels.
         height: Height of the videos, in pixels.
         video_format: "mp4" or "gif".
-        fps: Frames per second of the written videos.
+        fps: Frames per second of the written videos. The default, "auto", is the rate of the
+            frames that were chosen from the clip, or 8 if the clip has no rate, as a folder of
+            images. A run's config.yaml has the number.
     """
 
     prompts: tuple[Text, ...] = ()
@@ -138,7 +143,7 @@ class ValidationData(SamplingSettings):
     width: Size | None = None
     height: Size | None = None
     video_format: Literal["mp4", "gif"] = "mp4"
-    fps: Fps = 8.0
+    fps: ClipFps = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -380,6 +385,11 @@ def with_absolute_paths(config: TuneConfig) -> TuneConfig:
         train_data=replace(config.train_data, video_path=absolute(config.train_data.video_path)),
         resume_from_checkpoint=absolute(checkpoint) if checkpoint else None,
     )
+
+
+def with_fps(config: TuneConfig, fps: float | None) -> TuneConfig:
+    """Return the same settings with another rate of the written videos."""
+    return replace(config, validation_data=replace(config.validation_data, fps=fps))
 
 
 def dump_config(config: TuneConfig) -> str:

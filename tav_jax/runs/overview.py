@@ -90,7 +90,7 @@ def write_overview(
     suffixes = dict.fromkeys([suffix, "gif"] if joined.shape[2] <= GIF_WIDTH else [suffix])
     videos = [folder / f"{BESIDE}.{suffix}" for suffix in suffixes]
     for path in videos:
-        write_video(path, joined, fps=config.validation_data.fps)
+        write_video(path, joined, fps=run.fps)
     sheet = sheet_of(folder)
     _, legend = sheet_labels(rows)
     texts = [sheet.with_suffix(".txt")] if legend else []

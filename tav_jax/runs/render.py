@@ -148,7 +148,7 @@ def _write_sample(sample: Sample, video: Frames, folder: Path, run: Run) -> Path
     with atomic_write(folder / f"{sample.stem}.json") as path:
         record = json.dumps(sample.to_record(), indent=2, ensure_ascii=False)
         path.write_text(f"{record}\n", encoding="utf-8")
-    write_video(video_path, shown(video), fps=validation.fps)
+    write_video(video_path, shown(video), fps=run.fps)
     return video_path
 
 

@@ -20,11 +20,13 @@ from tav_jax.parallel.processes import broadcast_from_main, is_main_process
 from tav_jax.parallel.sharding import gather_to_host, make_mesh, shard
 from tav_jax.pipeline import encode_frames, invert_latents, posterior_mean_latents
 from tav_jax.pretrained.model import Model, load_model
-from tav_jax.runs.config import TuneConfig, differences, dump_config, load_config
+from tav_jax.runs.config import TuneConfig, differences, dump_config, load_config, with_fps
 from tav_jax.training.checkpoints import latest_step, restore_trained
 from tav_jax.training.optimizer import label_params, select
 from tav_jax.types import Latents, Moments
-from tav_jax.video.read import read_frames
+from tav_jax.video.read import Clip, read_clip
+
+DEFAULT_FPS = 8.0  # of a clip without a rate; the original release writes all videos at 8
 
 
 class Run:
@@ -44,7 +46,7 @@ class Run:
         self.config_file = self.folder / "config.yaml"
         self.metrics = self.folder / "metrics.jsonl"
         self.checkpoints = self.folder / "checkpoints"
-        self._clip: UInt8[np.ndarray, "f H W 3"] | None = None
+        self._clip: Clip | None = None
         self._moments: Moments | None = None
         self._inverted: dict[tuple[int, int], Latents] = {}
 
@@ -71,6 +73,9 @@ class Run:
         run = cls(config.output_dir, config)
         if run.config_file.is_file():
             theirs, _ = load_config(run.config_file)
+            if config.validation_data.fps is None:  # "auto" here, and a number there
+                config = with_fps(config, theirs.validation_data.fps)
+                run = cls(config.output_dir, config)
             # The folder's own path does not count: it may have been renamed or mounted elsewhere.
             differing = differences(config, replace(theirs, output_dir=config.output_dir))
             if differing:
@@ -104,7 +109,8 @@ class Run:
         """Create the run's folder with its complete settings."""
         if is_main_process():
             with atomic_write(self.config_file) as path:
-                path.write_text(dump_config(self.config), encoding="utf-8")
+                text = dump_config(with_fps(self.config, self.fps))
+                path.write_text(text, encoding="utf-8")
 
     def latest_step(self) -> int | None:
         """Return the newest checkpoint's step, or None."""
@@ -159,10 +165,18 @@ class Run:
         return model.with_unet(model.unet.with_params(params | trained))
 
     def clip(self) -> UInt8[np.ndarray, "f H W 3"]:
-        """Return the frames that the run tunes on. Errors are those of `read_frames`."""
+        """Return the frames that the run tunes on. Errors are those of `read_clip`."""
+        return self._read_clip().frames
+
+    @property
+    def fps(self) -> float:
+        """Return the rate of the written videos. Errors are those of `read_clip`."""
+        return self.config.validation_data.fps or self._read_clip().fps or DEFAULT_FPS
+
+    def _read_clip(self) -> Clip:
         if self._clip is None:
             data = self.config.train_data
-            self._clip = read_frames(
+            self._clip = read_clip(
                 data.video_path,
                 n_sample_frames=data.n_sample_frames,
                 width=data.width,

@@ -1,26 +1,25 @@
-"""Read frames from video files and folders of images."""
+"""Read frames from video files, animated images and folders of images."""
 
 import os
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 from tav_jax.errors import MissingFileError, UserError
-from tav_jax.video.ffmpeg import load_mediapy
+from tav_jax.video.images import is_image, read_folder, read_image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
-FITS: dict[str, Callable[..., Image.Image]] = {
-    "stretch": Image.Image.resize,
-    "crop": ImageOps.fit,
-}
+class Clip(NamedTuple):
+    """Frames, and how many a second are shown for the speed of the source.
+
+    The rate is None if the source has none, as a folder of images.
+    """
+
+    frames: UInt8[np.ndarray, "f H W 3"]
+    fps: float | None
 
 
 def read_frames(
@@ -34,10 +33,37 @@ def read_frames(
     sampling: str = "rate",
     fit: str = "stretch",
 ) -> UInt8[np.ndarray, "f H W 3"]:
-    """Return frames chosen from a video file, or from a folder of images in natural order.
+    """Return frames chosen from a clip. Arguments and errors are those of `read_clip`."""
+    return read_clip(
+        path,
+        n_sample_frames=n_sample_frames,
+        width=width,
+        height=height,
+        sample_start_idx=sample_start_idx,
+        sample_frame_rate=sample_frame_rate,
+        sampling=sampling,
+        fit=fit,
+    ).frames
+
+
+def read_clip(
+    path: str | os.PathLike[str],
+    *,
+    n_sample_frames: int,
+    width: int,
+    height: int,
+    sample_start_idx: int = 0,
+    sample_frame_rate: int = 1,
+    sampling: str = "rate",
+    fit: str = "stretch",
+) -> Clip:
+    """Return frames chosen from a clip, with their rate.
+
+    Frames are those that a player shows, in its order: upright, with square pixels, in sRGB and on
+    white where they are transparent. HDR becomes SDR, with a warning.
 
     Args:
-        path: The file or folder.
+        path: A video file, a GIF, APNG or WebP, or a folder of images in natural order.
         n_sample_frames: Number of frames to return.
         width: Width of the returned frames, in pixels.
         height: Their height.
@@ -52,24 +78,48 @@ def read_frames(
         UserError: The frames cannot be read, or there are too few.
     """
     path = Path(path)
-    if fit not in FITS:
+    if fit not in ("stretch", "crop"):
         raise UserError(f"fit is {fit!r}; it must be 'stretch' or 'crop'")
     if not path.exists():
         raise MissingFileError(f"{path}: no such video file or folder of images")
+    if not (path.is_file() or path.is_dir()):  # To open a pipe would wait for ever.
+        raise UserError(f"{path}: not a regular file; give a video file or a folder of images")
+    indices: list[int] = []
 
     def choose(length: int) -> list[int]:
         try:
-            return frame_indices(
+            indices[:] = frame_indices(
                 length, n_sample_frames, sample_start_idx, sample_frame_rate, sampling
             )
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+        return list(indices)
 
-    def resize(image: Image.Image) -> np.ndarray:
-        return np.asarray(FITS[fit](image, (width, height), Image.Resampling.BICUBIC))
+    def resize(image: Image.Image, pixel_aspect: float) -> np.ndarray:
+        crop = _centre(image.size, width / height / pixel_aspect) if fit == "crop" else None
+        resized = image.resize((width, height), Image.Resampling.BICUBIC, box=crop)
+        return np.asarray(resized)
 
-    read = _read_folder if path.is_dir() else _read_video
-    return np.stack(read(path, choose, resize))
+    if path.is_dir():
+        frames, rate = read_folder(path, choose, resize), None
+    elif is_image(path):
+        frames, rate = read_image(path, choose, resize)
+    else:
+        # Imported at its first use, because FFmpeg's libraries take a tenth of a second.
+        from tav_jax.video.decode import FEW_FRAMES, read_video
+
+        last = sample_start_idx + (n_sample_frames - 1) * sample_frame_rate
+        all_from_start = sampling == "rate" and last < FEW_FRAMES
+        frames, rate = read_video(path, choose, resize, from_start=all_from_start)
+    step = (indices[-1] - indices[0]) / max(len(indices) - 1, 1) or sample_frame_rate
+    return Clip(np.stack(frames), round(rate / step, 3) if rate else None)
+
+
+def _centre(size: tuple[int, int], aspect: float) -> tuple[float, float, float, float]:
+    """Return the largest box of an aspect ratio in the middle of an image."""
+    width, height = min(size[0], size[1] * aspect), min(size[1], size[0] / aspect)
+    left, top = (size[0] - width) / 2, (size[1] - height) / 2
+    return left, top, left + width, top + height
 
 
 def frame_indices(
@@ -110,93 +160,6 @@ def frame_indices(
     if sampling == "uniform":
         return np.linspace(start, length - 1, n).round().astype(int).tolist()
     return list(candidates[:n])
-
-
-Choose = Callable[[int], list[int]]
-
-Resize = Callable[[Image.Image], np.ndarray]
-
-
-def _read_video(path: Path, choose: Choose, resize: Resize) -> list[np.ndarray]:
-    length = None
-    while True:
-        try:
-            # Absolute, since ffmpeg takes `take:2.mp4` for a protocol and `-a.mp4` for an option.
-            with load_mediapy().VideoReader(path.absolute()) as reader:
-                wanted = choose(max(reader.num_images, 0) if length is None else length)
-                frames, seen = [], 0
-                # The slice ends with the last wanted frame, and decoding with it.
-                for seen, image in enumerate(islice(reader, wanted[-1] + 1), start=1):
-                    if seen - 1 in wanted:
-                        frames.append(resize(Image.fromarray(image)))
-        except RuntimeError as error:
-            # Of ffmpeg's many lines the one that says why; else how mediapy's own begin.
-            said = str(error)
-            reasons = re.findall(r"Error [^:\n]+: (.+)", said) or re.split("[:\n]", said)
-            raise UserError(
-                f"{path}: ffmpeg cannot read a video from it ({reasons[0]}); "
-                "give an mp4, gif, webm or mov, or a folder of images"
-            ) from None
-        if len(frames) == len(wanted):
-            return frames
-        # In clips of variable frame rate mediapy counts frames which it later leaves out, as they
-        # fall on the time of another. Now that the end has been seen, choose again.
-        length = seen
-
-
-def _read_folder(path: Path, choose: Choose, resize: Resize) -> list[np.ndarray]:
-    files = sorted(
-        (
-            file
-            for file in path.iterdir()
-            # macOS leaves a `._frame.png` that is no image beside each file on foreign disks.
-            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-        ),
-        key=_natural_order,
-    )
-    if not files:
-        raise MissingFileError(
-            f"{path}: no images in this folder; expected {' '.join(IMAGE_SUFFIXES)}"
-        )
-    sizes = {}
-    for file in files:
-        with _open_image(file) as image:
-            sizes[file.name] = "{}x{}".format(*image.size)
-    [(usual, _)] = Counter(sizes.values()).most_common(1)
-    if odd := [f"{name} ({size})" for name, size in sizes.items() if size != usual]:
-        more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-        raise UserError(
-            f"{path}: images must have one size; most are {usual}, not {', '.join(odd[:5])}{more}"
-        )
-    frames = []
-    for index in choose(len(files)):
-        with _open_image(files[index]) as image:
-            frames.append(resize(_to_rgb(ImageOps.exif_transpose(image))))
-    return frames
-
-
-def _natural_order(path: Path) -> tuple[list[str | int], str]:
-    parts = re.split(r"(\d+)", path.name)
-    # frame1 and frame01 are equal as numbers, hence the name itself last.
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
-
-
-@contextmanager
-def _open_image(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, SyntaxError):  # Pillow raises SyntaxError for a damaged PNG.
-        raise UserError(f"{path}: not a readable image; replace or remove it") from None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I;16":  # Pillow would clip 16-bit grey at 255 instead of scaling it.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:  # On white, as browsers show it.
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def to_pixel_values(

@@ -1,6 +1,8 @@
 """Write videos and images."""
 
+import math
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,6 @@ from PIL import Image
 
 from tav_jax.errors import UserError
 from tav_jax.files import atomic_write
-from tav_jax.video.ffmpeg import load_mediapy
 
 
 def to_frames(
@@ -45,33 +46,32 @@ def write_video(
         fps: Frames per second.
 
     Raises:
-        UserError: There is no frame, or the suffix is another.
-        OSError: ffmpeg could not write the file.
+        UserError: There is no frame, the suffix is another, or `fps` is no rate.
+        OSError: FFmpeg could not write the file.
     """
     path = Path(path)
     _require_uint8(frames)
     if not len(frames):
         raise UserError(f"{path}: no frames to write")
-    if path.suffix.lower() == ".mp4":
-        _, height, width, _ = frames.shape
-        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        # Untagged colours are guessed from the size, by each player in its own way: say bt709.
-        tags = "-colorspace bt709 -color_primaries bt709 -color_trc bt709 -movflags +faststart"
-        options = {
-            "crf": 18,  # x264's guide: "visually lossless or nearly so".
-            "encoded_format": "yuv420p",
-            "ffmpeg_args": f"-vf scale=out_color_matrix=bt709 {tags}",
-        }
-    elif path.suffix.lower() == ".gif":
-        options = {"codec": "gif"}
-    else:
+    if path.suffix.lower() not in (".mp4", ".gif"):
         raise UserError(f"{path}: a video is written as .mp4 or .gif, not {path.suffix!r}")
+    rate = Fraction(fps).limit_denominator(100_000) if math.isfinite(fps) else Fraction(0)
+    if rate <= 0:
+        raise UserError(f"{path}: fps is {fps}; it must be above 0")
+    # Imported at its first use, because FFmpeg's libraries take a tenth of a second.
+    from av import FFmpegError
+
+    from tav_jax.video.encode import encode_gif, encode_mp4
+
+    encode = encode_mp4 if path.suffix.lower() == ".mp4" else encode_gif
     with atomic_write(path) as partial:
         try:
-            load_mediapy().write_video(partial.absolute(), frames, fps=fps, **options)
-        except (RuntimeError, OSError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise OSError(f"{path}: ffmpeg could not write it ({reason})") from None
+            encode(partial, frames, rate)
+        except (FFmpegError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            failure = OSError(f"{path}: FFmpeg could not write it ({reason})")
+            failure.errno = getattr(error, "errno", None)
+            raise failure from None
 
 
 def write_image(path: str | os.PathLike[str], image: UInt8[np.ndarray, "H W 3"]) -> None:

@@ -439,6 +439,20 @@ def test_the_originals_switch_of_gradient_checkpointing_names_a_preset(tmp_path,
     assert config.gradient_checkpointing == read
 
 
+@pytest.mark.parametrize(("written", "read"), [("auto", None), ("8", 8.0), ("29.97", 29.97)])
+def test_the_rate_of_videos_is_a_number_or_auto(tmp_path, written, read):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(SMALLEST))
+    config, _ = load_config(path, [f"validation_data.fps={written}"])
+    assert config.validation_data.fps == read
+    assert load_config(path)[0].validation_data.fps is None, "auto is the default"
+
+
+@pytest.mark.parametrize("fps", ["fast", "0", "-8", ".inf", ".nan"])
+def test_rates_that_are_none_are_refused(message, fps):
+    assert offenders(message(overrides=[f"validation_data.fps={fps}"])) == ["validation_data.fps"]
+
+
 def test_every_setting_makes_a_difference():
     config = parse_config(SMALLEST)
     for field in fields(TuneConfig):
@@ -479,6 +493,7 @@ def _another(settings, field):
         "sampling": "uniform",
         "fit": "crop",
         "video_format": "gif",
+        "fps": 12.0,
     }
     value = getattr(settings, field.name)
     if field.name in choices:

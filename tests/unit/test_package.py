@@ -15,7 +15,7 @@ import tav_jax as tav
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-HEAVY = {"jax", "transformers", "matplotlib", "mediapy", "orbax", "pydantic", "torch", "diffusers"}
+HEAVY = {"jax", "transformers", "matplotlib", "av", "orbax", "pydantic", "torch", "diffusers"}
 
 
 def modules_after(code):
