@@ -73,23 +73,27 @@ def to_frames(x: Float[Array, "b f2 n2 c"], positions: int) -> Float[Array, "b f
     return x[:, :, :positions]
 
 
-def mean_and_variance(
-    x: Float[Array, "b *axes"], over: tuple[int, ...], *, across_devices: bool
-) -> tuple[Float[Array, "b *axes2"], Float[Array, "b *axes2"]]:
-    """Return mean and variance over some axes.
+def merge_statistics(
+    mean: Float[Array, "b c"], variance: Float[Array, "b c"], *, across_devices: bool
+) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
+    """Return mean and variance over the frames of all devices, given those over each device's own.
 
-    Each device computes both over its own frames, and one exchange merges them (Chan et al. 1979):
-    the variance of the whole is the mean of the parts' variances plus the variance of their means.
+    One exchange merges them (Chan et al. 1979): the variance of the whole is the mean of the parts'
+    variances plus the variance of their means.
 
     Args:
-        x: Data.
-        over: Axes to reduce. They are kept, with length 1.
+        mean: Mean over this device's frames.
+        variance: Variance over them.
         across_devices: Whether to include the frames on other devices.
     """
-    mean = x.mean(over, keepdims=True)
-    variance = jnp.square(x - mean).mean(over, keepdims=True)
     axes = _axes()
     if not (axes and across_devices):
         return mean, variance
     means, variances = jax.lax.all_gather(jnp.stack([mean, variance]), axes, axis=1)
     return means.mean(0), variances.mean(0) + means.var(0)
+
+
+def mean_over_devices(x: Array, *, across: bool) -> Array:
+    """Return the mean over the devices that hold frames, or x if `across` is false."""
+    axes = _axes()
+    return jax.lax.pmean(x, axes) if axes and across else x
