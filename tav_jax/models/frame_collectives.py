@@ -73,10 +73,25 @@ def to_frames(x: Float[Array, "b f2 n2 c"], positions: int) -> Float[Array, "b f
     return x[:, :, :positions]
 
 
+def mean_and_variance(
+    x: Float[Array, "b *axes"], over: tuple[int, ...], *, across_devices: bool
+) -> tuple[Float[Array, "b *axes2"], Float[Array, "b *axes2"]]:
+    """Return mean and variance over some axes.
+
+    Args:
+        x: Data.
+        over: Axes to reduce. They are kept, with length 1.
+        across_devices: Whether to include the frames on other devices.
+    """
+    mean = x.mean(over, keepdims=True)
+    variance = jnp.square(x - mean).mean(over, keepdims=True)
+    return merge_statistics(mean, variance, across_devices=across_devices)
+
+
 def merge_statistics(
-    mean: Float[Array, "b c"], variance: Float[Array, "b c"], *, across_devices: bool
-) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
-    """Return mean and variance over the frames of all devices, given those over each device's own.
+    mean: Float[Array, "b *axes"], variance: Float[Array, "b *axes"], *, across_devices: bool
+) -> tuple[Float[Array, "b *axes"], Float[Array, "b *axes"]]:
+    """Return mean and variance over all frames, given those over each device's own frames.
 
     One exchange merges them (Chan et al. 1979): the variance of the whole is the mean of the parts'
     variances plus the variance of their means.
@@ -93,7 +108,12 @@ def merge_statistics(
     return means.mean(0), variances.mean(0) + means.var(0)
 
 
-def mean_over_devices(x: Array, *, across: bool) -> Array:
-    """Return the mean over the devices that hold frames, or x if `across` is false."""
+def mean_over_devices(x: Array, *, across_devices: bool) -> Array:
+    """Return the mean of x over the devices that hold a video's frames.
+
+    Args:
+        x: What each of them has.
+        across_devices: Whether to include the other devices. Otherwise x is returned.
+    """
     axes = _axes()
-    return jax.lax.pmean(x, axes) if axes and across else x
+    return jax.lax.pmean(x, axes) if axes and across_devices else x

@@ -8,6 +8,7 @@ between the batch and `h w c`, so one residual block serves images and videos.
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,20 @@ def _convolution_backward(
 convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
+@jax.custom_vjp
+def apart(x: Array, kernel: Array) -> tuple[Array, Array]:
+    """Return both, so that XLA does not merge their product with others of the same x.
+
+    Having merged the products of one array with several small kernels, a GPU would have to copy
+    each kernel into the merged one, and each result out of the merged one.
+    """
+    return jax.lax.optimization_barrier((x, kernel))
+
+
+# The gradient needs no barrier, which would keep XLA from adding gradients as it multiplies.
+apart.defvjp(lambda *both: (apart(*both), None), lambda _, gradients: gradients)
+
+
 class Linear(nnx.Module):
     """A dense layer over the last axis.
 
@@ -146,7 +161,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*axes i"]) -> Float[Array, "*axes o"]:
         """Return x times the kernel, plus the bias."""
-        y = x @ self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype)
+        if backend.platform() == "gpu":
+            x, kernel = apart(x, kernel)
+        y = x @ kernel
         return y if self.bias is None else y + along_channels(self.bias[...], y)
 
 
@@ -322,14 +340,11 @@ class ResnetBlock(nnx.Module):
             return x if self.conv_shortcut is None else self.conv_shortcut(x)
         if self.conv_shortcut is None:
             return jnp.concatenate(x, axis=-1)
-        # The product with each part, summed.
-        kernel, start = self.conv_shortcut.kernel[...][0, 0], 0
-        total = along_channels(self.conv_shortcut.bias[...], x[0])
-        for part in x:
-            end = start + part.shape[-1]
-            total = total + part @ kernel[start:end].astype(part.dtype)
-            start = end
-        return total
+        # The sum of each part's product with its rows of the kernel.
+        ends = list(accumulate(part.shape[-1] for part in x))
+        kernels = jnp.split(self.conv_shortcut.kernel[...][0, 0], ends[:-1])
+        products = [part @ k.astype(part.dtype) for part, k in zip(x, kernels, strict=True)]
+        return sum(products, along_channels(self.conv_shortcut.bias[...], products[0]))
 
 
 def upsample_nearest(

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
+from tav_jax.models import backend
 from tav_jax.models.attention.dispatch import (
     AttentionImplementation,
     AttentionScope,
@@ -85,18 +86,16 @@ class Attention(nnx.Module):
         return rearrange(x, "b f n (heads k) -> b f n heads k", heads=self.num_attention_heads)
 
 
-@jax.custom_vjp
-def gated(x: Float[Array, "*axes 2i"]) -> Float[Array, "*axes i"]:
-    """Return the first half of x times gelu(second half).
-
-    The backward pass keeps x alone, and computes the rest again.
-    """
+def gated(x: Float[Array, "*axes c"]) -> Float[Array, "*axes i"]:
+    """Return the first half of x times gelu(second half), with the exact GELU."""
     value, gate = jnp.split(x, 2, axis=-1)
     return value * jax.nn.gelu(gate, approximate=False)
 
 
-def _gated_forward(x: Array) -> tuple[Array, Array]:
-    return gated(x), x
+@jax.custom_vjp
+def gated_keeping_input(x: Float[Array, "*axes c"]) -> Float[Array, "*axes i"]:
+    """Return `gated` of x. The backward pass keeps x alone, and computes the rest again."""
+    return gated(x)
 
 
 def _gated_backward(x: Array, gradient: Array) -> tuple[Array]:
@@ -114,7 +113,7 @@ def _gated_backward(x: Array, gradient: Array) -> tuple[Array]:
     return (dx.reshape(x.shape).astype(x.dtype),)
 
 
-gated.defvjp(_gated_forward, _gated_backward)
+gated_keeping_input.defvjp(lambda x: (gated(x), x), _gated_backward)
 
 
 class GEGLU(nnx.Module):
@@ -131,7 +130,8 @@ class GEGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "*axes c"]) -> Float[Array, "*axes i"]:
         """Return value times gelu(gate)."""
-        return gated(self.proj(x))
+        gate = gated_keeping_input if backend.platform() == "gpu" else gated
+        return gate(self.proj(x))
 
 
 class FeedForward(nnx.Module):

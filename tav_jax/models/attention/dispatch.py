@@ -108,7 +108,11 @@ def attends_elementwise(implementation: AttentionImplementation, *, frames: int)
         implementation: As asked for.
         frames: Number of frames that each position attends to.
     """
-    return implementation == "auto" and backend.platform() == "gpu" and frames <= MAX_FRAMES_ELEMENTWISE
+    return (
+        implementation == "auto"
+        and backend.platform() == "gpu"
+        and frames <= MAX_FRAMES_ELEMENTWISE
+    )
 
 
 def cudnn_attention(query: Heads, keys: Groups, values: Groups) -> Heads:

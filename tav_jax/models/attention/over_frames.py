@@ -9,9 +9,10 @@ from tav_jax.models.attention.key_groups import Heads
 def attention_over_frames(query: Heads, key: Heads, value: Heads) -> Heads:
     """Return each position's attention over all frames, products and sums element by element.
 
-    For each position n and head, frame f attends to every frame g:
+    For each position and head, frame f attends to every frame g:
 
-        scores[f, g] = sum_k Q[f, k] K[g, k] / sqrt(k),    out[f] = sum_g softmax_g(scores)[f, g] V[g]
+        weights[f, g] = softmax over g of sum_k Q[f, k] K[g, k] / sqrt(k)
+        out[f, k] = sum_g weights[f, g] V[g, k]
 
     With few frames there is little to compute. As matrix products the same sums would need all
     three arrays with the frames next to the heads' width, and the result transposed back.
