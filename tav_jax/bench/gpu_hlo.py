@@ -29,7 +29,7 @@ _FREE = {
     "async-update",
 }
 # Operations that read only a part of their first operand, as large as their result.
-_READS_A_PART = {"slice", "dynamic-slice", "gather"}
+_READS_A_PART = {"dynamic-slice", "gather"}
 _LIBRARIES: tuple[tuple[str, KernelKind], ...] = (
     ("__cublas", "matrix_product"),
     ("__cudnn$fmha", "attention"),
