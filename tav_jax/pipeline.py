@@ -27,6 +27,7 @@ from tav_jax.diffusion.samplers import (
 from tav_jax.diffusion.sampling import run_steps
 from tav_jax.diffusion.schedule import NoiseSchedule
 from tav_jax.errors import UserError
+from tav_jax.models import backend
 from tav_jax.models.network import Network
 from tav_jax.models.vae import split_moments
 from tav_jax.parallel.sharding import (
@@ -71,6 +72,8 @@ def _loop(name: str, make_sampler: Callable[..., Sampler]) -> Callable:
         *noise: Any,
         num_steps: int,
     ) -> Any:
+        if backend.platform() == "gpu":
+            unet = unet.with_kernels_cast()
         texts = jax.tree.map(unet.bind().text_keys_values, contexts)
         context, negative_context = (*texts, None)[:2]
         predict = guide(denoiser(unet), context, negative_context, guidance_scale)

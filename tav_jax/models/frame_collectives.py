@@ -78,9 +78,6 @@ def mean_and_variance(
 ) -> tuple[Float[Array, "b *axes2"], Float[Array, "b *axes2"]]:
     """Return mean and variance over some axes.
 
-    Each device computes both over its own frames, and one exchange merges them (Chan et al. 1979):
-    the variance of the whole is the mean of the parts' variances plus the variance of their means.
-
     Args:
         x: Data.
         over: Axes to reduce. They are kept, with length 1.
@@ -88,8 +85,35 @@ def mean_and_variance(
     """
     mean = x.mean(over, keepdims=True)
     variance = jnp.square(x - mean).mean(over, keepdims=True)
+    return merge_statistics(mean, variance, across_devices=across_devices)
+
+
+def merge_statistics(
+    mean: Float[Array, "b *axes"], variance: Float[Array, "b *axes"], *, across_devices: bool
+) -> tuple[Float[Array, "b *axes"], Float[Array, "b *axes"]]:
+    """Return mean and variance over all frames, given those over each device's own frames.
+
+    One exchange merges them (Chan et al. 1979): the variance of the whole is the mean of the parts'
+    variances plus the variance of their means.
+
+    Args:
+        mean: Mean over this device's frames.
+        variance: Variance over them.
+        across_devices: Whether to include the frames on other devices.
+    """
     axes = _axes()
     if not (axes and across_devices):
         return mean, variance
     means, variances = jax.lax.all_gather(jnp.stack([mean, variance]), axes, axis=1)
     return means.mean(0), variances.mean(0) + means.var(0)
+
+
+def mean_over_devices(x: Array, *, across_devices: bool) -> Array:
+    """Return the mean of x over the devices that hold a video's frames.
+
+    Args:
+        x: What each of them has.
+        across_devices: Whether to include the other devices. Otherwise x is returned.
+    """
+    axes = _axes()
+    return jax.lax.pmean(x, axes) if axes and across_devices else x

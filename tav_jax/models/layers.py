@@ -8,6 +8,7 @@ between the batch and `h w c`, so one residual block serves images and videos.
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from tav_jax.models.frame_collectives import mean_and_variance
+from tav_jax.models import backend
+from tav_jax.models.group_norm import Parts, group_norm
 from tav_jax.types import PRNGKey
 
 
@@ -54,34 +56,6 @@ def fan_in_uniform(key: PRNGKey, shape: tuple[int, ...]) -> Array:
 def along_channels(vector: Float[Array, "c"], x: Float[Array, "*axes c"]) -> Array:
     """Return `vector` in the type of `x`, shaped so that it broadcasts along x's last axis."""
     return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + vector.shape)
-
-
-def group_norm(
-    x: Float[Array, "b *axes c"],
-    scale: Float[Array, "c"],
-    bias: Float[Array, "c"],
-    *,
-    num_groups: int,
-    eps: float,
-    joint_frames: bool,
-) -> Float[Array, "b *axes c"]:
-    """Return x with zero mean and unit variance in each group of channels, then scaled.
-
-    Statistics are taken over all axes but the first, for each group of channels.
-
-    Args:
-        x: Videos `b f h w c` or images `n h w c`.
-        scale: Factor of each channel.
-        bias: Offset of each channel.
-        num_groups: Number of groups of neighbouring channels.
-        eps: Added to the variance.
-        joint_frames: The second axis of x is frames, and they share their statistics. If a video's
-            frames are on several devices, those exchange the statistics.
-    """
-    grouped = x.reshape(x.shape[0], -1, num_groups, x.shape[-1] // num_groups).astype(jnp.float32)
-    mean, variance = mean_and_variance(grouped, (1, 3), across_devices=joint_frames)
-    normed = ((grouped - mean) * jax.lax.rsqrt(variance + eps)).reshape(x.shape)
-    return (normed * along_channels(scale, normed) + along_channels(bias, normed)).astype(x.dtype)
 
 
 def layer_norm(
@@ -130,6 +104,11 @@ def _convolution_backward(
     (dkernel,) = jax.linear_transpose(
         lambda kernel: _convolve(x, kernel, (stride, stride), (padding, padding)), kernel
     )(gradient)
+    if backend.platform() == "gpu":
+        (dx,) = jax.linear_transpose(
+            lambda x: _convolve(x, kernel, (stride, stride), (padding, padding)), x
+        )(gradient)
+        return dx, dkernel
     # Without the barrier XLA would fold the transposition into the convolution.
     transposed = jax.lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
 
@@ -150,6 +129,20 @@ def _convolution_backward(
 convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
+@jax.custom_vjp
+def apart(x: Array, kernel: Array) -> tuple[Array, Array]:
+    """Return both, so that XLA does not merge their product with others of the same x.
+
+    Having merged the products of one array with several small kernels, a GPU would have to copy
+    each kernel into the merged one, and each result out of the merged one.
+    """
+    return jax.lax.optimization_barrier((x, kernel))
+
+
+# The gradient needs no barrier, which would keep XLA from adding gradients as it multiplies.
+apart.defvjp(lambda *both: (apart(*both), None), lambda _, gradients: gradients)
+
+
 class Linear(nnx.Module):
     """A dense layer over the last axis.
 
@@ -168,7 +161,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*axes i"]) -> Float[Array, "*axes o"]:
         """Return x times the kernel, plus the bias."""
-        y = x @ self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype)
+        if backend.platform() == "gpu":
+            x, kernel = apart(x, kernel)
+        y = x @ kernel
         return y if self.bias is None else y + along_channels(self.bias[...], y)
 
 
@@ -200,11 +196,18 @@ class Conv(nnx.Module):
         self.stride = stride
         self.padding = (kernel_size // 2, kernel_size // 2) if padding is None else padding
 
-    def __call__(self, x: Float[Array, "*axes h w i"]) -> Float[Array, "*axes h2 w2 o"]:
-        """Return the convolution of x with the kernel, plus the bias."""
+    def __call__(
+        self,
+        x: Float[Array, "*axes h w i"],
+        residual: Float[Array, "*axes h2 w2 o"] | None = None,
+    ) -> Float[Array, "*axes h2 w2 o"]:
+        """Return the convolution of x with the kernel, plus the bias, plus `residual`."""
         images = x.reshape(-1, *x.shape[-3:])
         y = convolution(images, self.kernel[...].astype(x.dtype), self.stride, self.padding)
         y = y + along_channels(self.bias[...], y)
+        if residual is not None:
+            # Before the frames are unfolded: XLA then adds both within cuDNN's convolution.
+            y = y + residual.reshape(y.shape)
         return y.reshape(*x.shape[:-3], *y.shape[-3:])
 
 
@@ -218,7 +221,13 @@ class GroupNorm(nnx.Module):
         self.eps = eps
         self.joint_frames = joint_frames
 
-    def __call__(self, x: Float[Array, "b *axes c"]) -> Float[Array, "b *axes c"]:
+    def __call__(
+        self,
+        x: Float[Array, "b *axes _"] | Parts,
+        shift: Float[Array, "b c"] | None = None,
+        *,
+        silu: bool = False,
+    ) -> Float[Array, "b *axes c"]:
         """Return `group_norm` of x."""
         return group_norm(
             x,
@@ -227,6 +236,8 @@ class GroupNorm(nnx.Module):
             num_groups=self.num_groups,
             eps=self.eps,
             joint_frames=self.joint_frames,
+            shift=shift,
+            silu=silu,
         )
 
 
@@ -308,15 +319,32 @@ class ResnetBlock(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "b *axes i"], time_emb: Float[Array, "b t"] | None = None
+        self, x: Float[Array, "b *axes i"] | Parts, time_emb: Float[Array, "b t"] | None = None
     ) -> Float[Array, "b *axes o"]:
-        """Return the sum of the shortcut and the two convolutions' output."""
-        hidden = self.conv1(jax.nn.silu(self.norm1(x)))
+        """Return the sum of the shortcut and the two convolutions' output.
+
+        Args:
+            x: The input. A tuple of arrays stands for their concatenation along the channels.
+            time_emb: Embedding of each clip's timestep.
+        """
+        hidden = self.conv1(self.norm1(x, silu=True))
+        shift = None
         if self.time_emb_proj is not None and time_emb is not None:
             shift = self.time_emb_proj(jax.nn.silu(time_emb))
-            hidden = hidden + jnp.expand_dims(shift, range(1, hidden.ndim - 1))
-        hidden = self.conv2(jax.nn.silu(self.norm2(hidden)))
-        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        hidden = self.norm2(hidden, shift, silu=True)
+        return self.conv2(hidden, self.shortcut(x))
+
+    def shortcut(self, x: Float[Array, "b *axes i"] | Parts) -> Float[Array, "b *axes o"]:
+        """Return x, by a 1x1 convolution if its width is not the output's."""
+        if not isinstance(x, tuple):
+            return x if self.conv_shortcut is None else self.conv_shortcut(x)
+        if self.conv_shortcut is None:
+            return jnp.concatenate(x, axis=-1)
+        # The sum of each part's product with its rows of the kernel.
+        ends = list(accumulate(part.shape[-1] for part in x))
+        kernels = jnp.split(self.conv_shortcut.kernel[...][0, 0], ends[:-1])
+        products = [part @ k.astype(part.dtype) for part, k in zip(x, kernels, strict=True)]
+        return sum(products, along_channels(self.conv_shortcut.bias[...], products[0]))
 
 
 def upsample_nearest(

@@ -56,6 +56,15 @@ class Network(Generic[Module]):
         """Return the same network with other parameters."""
         return replace(self, params=params)
 
+    def with_kernels_cast(self) -> "Network[Module]":
+        """Return the same network with its kernels in the type of the computation.
+
+        Layers cast kernels when they use them. Before a loop this does it once for all steps.
+        """
+        dtype = self.compute.dtype
+        cast = {name: x.astype(dtype) for name, x in self.params.items() if name.endswith("kernel")}
+        return self.with_params(self.params | cast)
+
     def with_config(self, **changes: Any) -> "Network[Module]":
         """Return the same network with some fields of its config changed."""
         return replace(self, config=replace(self.config, **changes))

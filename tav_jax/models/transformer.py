@@ -4,6 +4,7 @@ Parameter names follow diffusers' CrossAttention and Transformer2DModel and Tune
 BasicTransformerBlock.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -14,8 +15,14 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
+from tav_jax.models import backend
+from tav_jax.models.attention.dispatch import (
+    AttentionImplementation,
+    AttentionScope,
+    attends_elementwise,
+)
 from tav_jax.models.attention.frame_attention import FRAME_ATTENTION, spatial_attention
+from tav_jax.models.attention.over_frames import attention_over_frames
 from tav_jax.models.compute import ComputeOptions
 from tav_jax.models.frame_collectives import to_frames, to_positions
 from tav_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear
@@ -60,14 +67,53 @@ class Attention(nnx.Module):
         return self._split_heads(self.to_k(context)), self._split_heads(self.to_v(context))
 
     def __call__(
-        self, x: Float[Array, "b f n c"], keys_values: KeysValues
+        self,
+        x: Float[Array, "b f n c"],
+        keys_values: KeysValues,
+        attend: Callable[[Array, Array, Array], Array] | None = None,
     ) -> Float[Array, "b f n c"]:
-        """Return the attention of x to keys and values from `keys_values`."""
-        out = self.attend(self._split_heads(self.to_q(x)), *keys_values)
+        """Return the attention of x to keys and values from `keys_values`.
+
+        Args:
+            x: What attends.
+            keys_values: What it attends to.
+            attend: Used in place of the function that the layer was made with.
+        """
+        out = (attend or self.attend)(self._split_heads(self.to_q(x)), *keys_values)
         return self.to_out[0](rearrange(out, "b f n heads k -> b f n (heads k)"))
 
     def _split_heads(self, x: Float[Array, "b f n c"]) -> Float[Array, "b f n heads k"]:
         return rearrange(x, "b f n (heads k) -> b f n heads k", heads=self.num_attention_heads)
+
+
+def gated(x: Float[Array, "*axes c"]) -> Float[Array, "*axes i"]:
+    """Return the first half of x times gelu(second half), with the exact GELU."""
+    value, gate = jnp.split(x, 2, axis=-1)
+    return value * jax.nn.gelu(gate, approximate=False)
+
+
+@jax.custom_vjp
+def gated_keeping_input(x: Float[Array, "*axes c"]) -> Float[Array, "*axes i"]:
+    """Return `gated` of x. The backward pass keeps x alone, and computes the rest again."""
+    return gated(x)
+
+
+def _gated_backward(x: Array, gradient: Array) -> tuple[Array]:
+    """Return the gradient dy gelu(g) by the value v, and dy v gelu'(g) by the gate g.
+
+    gelu(g) = g P(g) and gelu'(g) = P(g) + g p(g), with the normal distribution P and its density p.
+    """
+    both = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    swapped, is_value = both[..., ::-1, :], jnp.arange(2)[:, None] == 0
+    value, gate = jnp.where(is_value, both, swapped), jnp.where(is_value, swapped, both)
+    below = 0.5 * jax.lax.erfc(-gate * math.sqrt(0.5))
+    density = jnp.exp(-0.5 * gate * gate) / math.sqrt(2 * math.pi)
+    dx = jnp.where(is_value, gate * below, value * (below + gate * density))
+    dx = dx * gradient.astype(jnp.float32)[..., None, :]
+    return (dx.reshape(x.shape).astype(x.dtype),)
+
+
+gated_keeping_input.defvjp(lambda x: (gated(x), x), _gated_backward)
 
 
 class GEGLU(nnx.Module):
@@ -84,8 +130,8 @@ class GEGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "*axes c"]) -> Float[Array, "*axes i"]:
         """Return value times gelu(gate)."""
-        value, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return value * jax.nn.gelu(gate, approximate=False)
+        gate = gated_keeping_input if backend.platform() == "gpu" else gated
+        return gate(self.proj(x))
 
 
 class FeedForward(nnx.Module):
@@ -145,6 +191,7 @@ class BasicTransformerBlock(nnx.Module):
         self.norm_temp = LayerNorm(dim) if temporal_attention else None
         self.attn_temp = make(attend=attend_within) if temporal_attention else None
         self.checkpoint_parts = checkpoint_parts
+        self.attention_implementation = attention_implementation
 
     def __call__(self, x: Float[Array, "b f n c"], text: KeysValues) -> Float[Array, "b f n c"]:
         """Return x after all four parts."""
@@ -183,9 +230,14 @@ class BasicTransformerBlock(nnx.Module):
         """Return x plus each position's attention over all frames."""
         if self.norm_temp is None or self.attn_temp is None:
             return x
-        normed = rearrange(to_positions(self.norm_temp(x)), "b f n c -> b n f c")
-        out = self.attn_temp(normed, self.attn_temp.keys_values(normed))
-        return x + to_frames(rearrange(out, "b n f c -> b f n c"), positions=x.shape[2])
+        normed = to_positions(self.norm_temp(x))
+        if attends_elementwise(self.attention_implementation, frames=normed.shape[1]):
+            out = self.attn_temp(normed, self.attn_temp.keys_values(normed), attention_over_frames)
+        else:
+            normed = rearrange(normed, "b f n c -> b n f c")
+            out = self.attn_temp(normed, self.attn_temp.keys_values(normed))
+            out = rearrange(out, "b n f c -> b f n c")
+        return x + to_frames(out, positions=x.shape[2])
 
 
 class Transformer3D(nnx.Module):
@@ -249,4 +301,7 @@ class Transformer3D(nnx.Module):
         hidden = rearrange(self.proj_in(normed), "(b f) h w c -> b f (h w) c", b=b)
         for block, keys_values in zip(self.transformer_blocks, text, strict=True):
             hidden = block(hidden, keys_values)
-        return x + self.proj_out(rearrange(hidden, "b f (h w) c -> b f h w c", h=h))
+        hidden = rearrange(hidden, "b f (h w) c -> b f h w c", h=h)
+        if isinstance(self.proj_out, Conv):
+            return self.proj_out(hidden, x)
+        return x + self.proj_out(hidden)

@@ -16,8 +16,10 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
+from tav_jax.models import backend
 from tav_jax.models.attention.dispatch import AttentionScope
 from tav_jax.models.compute import ComputeOptions
+from tav_jax.models.group_norm import Parts
 from tav_jax.models.layers import Conv, Downsample, GroupNorm, Linear, ResnetBlock, Upsample
 from tav_jax.models.transformer import Transformer3D
 from tav_jax.types import Context, KeysValues, Latents, TextKeysValues, Timesteps
@@ -171,7 +173,7 @@ class Block(nnx.Module):
         """Return the text's keys and values in each transformer."""
         return tuple(transformer.keys_values(context) for transformer in self.attentions)
 
-    def run_layer(self, index: int, x: Array, time_emb: Array, text: BlockText) -> Array:
+    def run_layer(self, index: int, x: Array | Parts, time_emb: Array, text: BlockText) -> Array:
         """Return x after one residual block, and after its transformer if it has one."""
         x = self._run(self.resnets[index], x, time_emb)
         if index < len(self.attentions):
@@ -267,7 +269,10 @@ class UpBlock(Block):
                 removed from the end.
         """
         for index in range(len(self.resnets)):
-            x = self.run_layer(index, jnp.concatenate([x, skips.pop()], axis=-1), time_emb, text)
+            both: Any = x, skips.pop()
+            if backend.platform() != "gpu":
+                both = jnp.concatenate(both, axis=-1)
+            x = self.run_layer(index, both, time_emb, text)
         for upsampler in self.upsamplers:
             _, _, height, width, _ = skips[-1].shape
             x = upsampler(x, (height, width))
@@ -358,5 +363,5 @@ class UNet3DConditionModel(nnx.Module):
         for up_block, block_text in zip(self.up_blocks, up_text, strict=True):
             x = up_block(x, time_emb, block_text, skips)
 
-        x = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        x = self.conv_out(self.conv_norm_out(x, silu=True))
         return x.astype(jnp.float32)

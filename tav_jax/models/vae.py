@@ -161,7 +161,7 @@ class Encoder(nnx.Module):
         x = self.conv_in(x)
         for block in (*self.down_blocks, self.mid_block):
             x = block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
 
 class Decoder(nnx.Module):
@@ -186,7 +186,7 @@ class Decoder(nnx.Module):
         x = self.conv_in(x)
         for block in (self.mid_block, *self.up_blocks):
             x = block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
 
 class AutoencoderKL(nnx.Module):

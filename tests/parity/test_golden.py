@@ -57,7 +57,7 @@ def test_cases_pass_with_every_implementation_and_preset(monkeypatch, attention,
 def test_a_case_passes_with_the_kernel_for_tpus(monkeypatch):
     # In Pallas' interpreter, which is slow. `unit/test_flash.py` has the kernel's gradients.
     monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
-    monkeypatch.setattr("tav_jax.models.attention.dispatch.platform", lambda: "tpu")
+    monkeypatch.setattr("tav_jax.models.backend.platform", lambda: "tpu")
     reference = golden.GoldenSet(FOLDER, attention="fused")
     assert [row for row in rows(reference, ["unet3d_tuned.3f_batch2"]) if not row.passed] == []
 

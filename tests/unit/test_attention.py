@@ -154,7 +154,7 @@ def test_implementations_keep_the_type_and_take_the_softmax_in_float32(groups, s
 def test_the_kernel_for_tpus_agrees_over_groups_of_keys(key, monkeypatch):
     # The kernel's own tests have its gradients; here, how groups are merged around it.
     monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
-    monkeypatch.setattr("tav_jax.models.attention.dispatch.platform", lambda: "tpu")
+    monkeypatch.setattr("tav_jax.models.backend.platform", lambda: "tpu")
     heads = jax.random.normal(key, (3, 1, 3, 128, 2, 8))
     expected = jax.jit(sparse_causal_attention, static_argnums=3)(*heads, "einsum")
     ours = jax.jit(sparse_causal_attention, static_argnums=3)(*heads, "fused")

@@ -16,7 +16,7 @@ from tav_jax.models.attention.frame_attention import sparse_causal_attention, sp
 @pytest.fixture(autouse=True)
 def h100(monkeypatch):
     """Give JAX and our dispatch the answers that they would get on an H100 with cuDNN."""
-    monkeypatch.setattr("tav_jax.models.attention.dispatch.platform", lambda: "gpu")
+    monkeypatch.setattr("tav_jax.models.backend.platform", lambda: "gpu")
     with assume_cudnn():
         yield
 

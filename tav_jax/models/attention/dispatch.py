@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from tav_jax.errors import UserError
+from tav_jax.models import backend
 from tav_jax.models.attention.by_head import attention_by_head
 from tav_jax.models.attention.chunked import chunked_attention
 from tav_jax.models.attention.einsum import einsum_attention
@@ -39,6 +40,8 @@ MIN_SCORES_BY_HEAD = 4096
 MAX_SCORES_AT_ONCE = 2**26
 # A kernel is the faster one from this many queries. Below, all frames' scores are a few megabytes.
 MIN_QUERIES_FUSED = 512
+# Up to this many frames a GPU moves fewer bytes for temporal attention element by element.
+MAX_FRAMES_ELEMENTWISE = 32
 CUDNN_MAX_WIDTH = 128  # the widest head that cuDNN supports before Hopper
 TPU_MAX_WIDTH = 160  # the widest head for which the blocks of `flash_attention` fit on the chip
 
@@ -58,7 +61,7 @@ def group_attention(
     Raises:
         UserError: `implementation` is "fused", and this platform has no kernel.
     """
-    target, width = platform(), query.shape[-1]
+    target, width = backend.platform(), query.shape[-1]
     if implementation == "fused" and target not in KERNELS:
         raise UserError(f"attention: fused: there is no such kernel on a {target}; use auto")
     if implementation == "auto" or (
@@ -67,12 +70,6 @@ def group_attention(
         lengths = [key.shape[2] for key in keys]
         implementation = choose_implementation(target, query.dtype, query.shape, lengths)
     return IMPLEMENTATIONS[implementation](query, keys, values)
-
-
-def platform() -> str:
-    """Return "cpu", "gpu" or "tpu": that of the current mesh, or else JAX's default backend."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def kernel_supports(platform: str, dtype: DTypeLike, width: int) -> bool:
@@ -102,6 +99,20 @@ def choose_implementation(
     if queries >= MIN_QUERIES_FUSED and kernel_supports(platform, dtype, width):
         return "fused"
     return "einsum" if math.prod(batch) * heads * scores <= MAX_SCORES_AT_ONCE else "chunked"
+
+
+def attends_elementwise(implementation: AttentionImplementation, *, frames: int) -> bool:
+    """Tell whether temporal attention is to be computed by `attention_over_frames`.
+
+    Args:
+        implementation: As asked for.
+        frames: Number of frames that each position attends to.
+    """
+    return (
+        implementation == "auto"
+        and backend.platform() == "gpu"
+        and frames <= MAX_FRAMES_ELEMENTWISE
+    )
 
 
 def cudnn_attention(query: Heads, keys: Groups, values: Groups) -> Heads:
@@ -140,5 +151,5 @@ IMPLEMENTATIONS: dict[str, Callable[[Heads, Groups, Groups], Heads]] = {
     "einsum": einsum_attention,
     "by_head": attention_by_head,
     "chunked": partial(merged_attention, attend=chunked_attention),
-    "fused": lambda *heads: KERNELS[platform()](*heads),
+    "fused": lambda *heads: KERNELS[backend.platform()](*heads),
 }

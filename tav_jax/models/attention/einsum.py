@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from tav_jax.models.attention.key_groups import Groups, Heads
+from tav_jax.models import backend
+from tav_jax.models.attention.key_groups import Groups, Heads, join_groups
 
 
 def attention_weights(
@@ -40,6 +41,8 @@ def attention(
 
 def einsum_attention(query: Heads, keys: Groups, values: Groups) -> Heads:
     """Return `group_attention`, computed with all scores in memory together."""
+    if backend.platform() == "gpu":  # keys are small beside scores, and are joined at less cost
+        return attention(*join_groups(query, keys, values)).reshape(query.shape)
     scores = jnp.concatenate([scores_of_group(query, key) for key in keys], axis=-1)
     weights = attention_weights(scores, query.shape[-1], values[0].dtype)
     ends = [sum(key.shape[2] for key in keys[: i + 1]) for i in range(len(keys) - 1)]
