@@ -734,7 +734,7 @@ HDR = {"PQ": (pq, 16), "HLG": (hlg, 18)}
 @pytest.mark.parametrize("curve", HDR)
 @pytest.mark.parametrize("chroma", ["420", "444"])
 @pytest.mark.parametrize(
-    ("name", "codec"), [("a.mov", X265), ("a.mp4", X264), ("a.mkv", {}), ("a.mkv", X265)]
+    ("name", "codec"), [("a.mov", X264), ("a.mp4", X264), ("a.mkv", {}), ("a.mkv", X265)]
 )
 def test_hdr_becomes_the_sdr_that_it_was_made_of(tmp_path, curve, chroma, name, codec):
     signal, transfer = HDR[curve]
