@@ -35,6 +35,12 @@ FEW_FRAMES = 256
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
+# PyAV 18 raises UnicodeDecodeError for tags that are not UTF-8; 19 takes them, and no argument.
+_ANY_ENCODING: Any = (
+    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
+
+
 class _NotAsIndexedError(Exception):
     """Decoding gave other frames than the file's packets promise."""
 
@@ -95,7 +101,7 @@ def _open(path: Path) -> Iterator["_Video"]:
             f"file:{path.absolute()}",  # FFmpeg takes `take:2.mp4` for a protocol
             container_options={"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"},
             options={"max_pixels": str(MAX_PIXELS)},
-            metadata_errors="replace",
+            **_ANY_ENCODING,
         ) as container:
             yield _Video(path, container)
     except av.FFmpegError as error:

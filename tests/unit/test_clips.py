@@ -613,9 +613,10 @@ def to_yuv(rgb, matrix, *, full=False, bits=8):
     return np.rint(planes).clip(0, 2**bits - 1).astype(np.uint8 if bits == 8 else np.uint16)
 
 
-def write_yuv(path, planes, *, codec="ffv1", options=None, full=None, **tags):
+def write_yuv(path, planes, *, codec="ffv1", options=None, full=None, chroma="444", **tags):
     """Write one frame of planes that are already in Y'CbCr."""
-    pix_fmt = "yuv444p" if planes.dtype == np.uint8 else "yuv444p10le"
+    pix_fmt = f"yuv{chroma}p" + ("" if planes.dtype == np.uint8 else "10le")
+    rows, columns = {"444": (1, 1), "422": (1, 2), "420": (2, 2)}[chroma]
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=8, options=options or {})
         stream.height, stream.width = planes.shape[1:]
@@ -625,10 +626,12 @@ def write_yuv(path, planes, *, codec="ffv1", options=None, full=None, **tags):
         for name, value in tags.items():
             setattr(stream, name, value)
         frame = av.VideoFrame(planes.shape[2], planes.shape[1], pix_fmt)
-        for plane, samples in zip(frame.planes, planes, strict=True):
-            rows = np.zeros((plane.height, plane.line_size // samples.itemsize), samples.dtype)
-            rows[:, : samples.shape[1]] = samples
-            plane.update(rows.tobytes())
+        luma, *others = planes
+        subsampled = [luma, *(samples[::rows, ::columns] for samples in others)]
+        for plane, samples in zip(frame.planes, subsampled, strict=True):
+            lines = np.zeros((plane.height, plane.line_size // samples.itemsize), samples.dtype)
+            lines[:, : samples.shape[1]] = samples
+            plane.update(lines.tobytes())
         frame.color_range = 0 if full is None else 2 if full else 1
         for name, value in tags.items():
             setattr(frame, name, value)
@@ -689,6 +692,19 @@ def test_rgb_and_grey_are_read_as_they_are(tmp_path, name, codec, pix_fmt, grey)
     np.testing.assert_allclose(at_patches(seen), at_patches(frame), atol=1)
 
 
+@pytest.mark.parametrize("chroma", ["420", "422", "444"])
+@pytest.mark.parametrize("bits", [8, 10])
+@pytest.mark.parametrize("primaries", [1, 9], ids=["sdr", "wide"])
+def test_subsampled_chroma_keeps_its_colours(tmp_path, chroma, bits, primaries):
+    light = linear(patches() / 255) @ (TO_2020.T if primaries == 9 else np.eye(3))
+    signal = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    planes = to_yuv(signal, "bt709", bits=bits)
+    tags = {"colorspace": 1, "color_primaries": primaries, "color_trc": 1}
+    path = write_yuv(tmp_path / "a.mkv", planes, chroma=chroma, **tags)
+    [seen] = read_frames(path, n_sample_frames=1, height=HEIGHT, width=planes.shape[2])
+    np.testing.assert_allclose(at_patches(seen), PATCHES, atol=4)
+
+
 def linear(srgb):
     return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
 
@@ -716,17 +732,19 @@ HDR = {"PQ": (pq, 16), "HLG": (hlg, 18)}
 
 
 @pytest.mark.parametrize("curve", HDR)
+@pytest.mark.parametrize("chroma", ["420", "444"])
 @pytest.mark.parametrize(
-    ("name", "codec"), [("a.mov", X265), ("a.mp4", X264), ("a.mkv", {}), ("a.mkv", X265)]
+    ("name", "codec"), [("a.mov", X264), ("a.mp4", X264), ("a.mkv", {}), ("a.mkv", X265)]
 )
-def test_hdr_becomes_the_sdr_that_it_was_made_of(tmp_path, curve, name, codec):
+def test_hdr_becomes_the_sdr_that_it_was_made_of(tmp_path, curve, chroma, name, codec):
     signal, transfer = HDR[curve]
     planes = to_yuv(signal(linear(patches() / 255) @ TO_2020.T), "bt2020", bits=10)
     if codec is X265:
         tag = {"PQ": "smpte2084", "HLG": "arib-std-b67"}[curve]
         more = f":colorprim=bt2020:transfer={tag}:colormatrix=bt2020nc:range=limited"
         codec = X265 | {"options": {"x265-params": X265["options"]["x265-params"] + more}}
-    path = write_yuv(tmp_path / name, planes, color_trc=transfer, full=False, **BT2020, **codec)
+    tags = {"color_trc": transfer, **BT2020}
+    path = write_yuv(tmp_path / name, planes, full=False, chroma=chroma, **tags, **codec)
     with pytest.warns(UserWarning, match=rf"a\.\w+: HDR \({curve}\) is converted to SDR") as said:
         [seen] = read_frames(path, n_sample_frames=1, height=HEIGHT, width=planes.shape[2])
     assert len(said) == 1
