@@ -26,6 +26,8 @@ from tav_jax.training.optimizer import label_params, select
 from tav_jax.types import Latents, Moments
 from tav_jax.video.read import Clip, read_clip
 
+# Of frames spread over a long clip, whose own rate would be minutes to a frame.
+LOWEST_AUTO_FPS = 1.0
 DEFAULT_FPS = 8.0  # of a clip without a rate; the original release writes all videos at 8
 
 
@@ -171,7 +173,11 @@ class Run:
     @property
     def fps(self) -> float:
         """Return the rate of the written videos. Errors are those of `read_clip`."""
-        return self.config.validation_data.fps or self._read_clip().fps or DEFAULT_FPS
+        asked = self.config.validation_data.fps
+        if asked is not None:
+            return asked
+        rate = self._read_clip().fps
+        return DEFAULT_FPS if rate is None else max(rate, LOWEST_AUTO_FPS)
 
     def _read_clip(self) -> Clip:
         if self._clip is None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tav_jax.errors import UserError
 from tav_jax.runs.config import parse_config
-from tav_jax.runs.run import DEFAULT_FPS, Run
+from tav_jax.runs.run import DEFAULT_FPS, LOWEST_AUTO_FPS, Run
 from tav_jax.video import decode
 from tav_jax.video.read import read_clip, read_frames
 
@@ -910,10 +910,12 @@ def test_sources_without_a_rate_have_none(tmp_path, source):
         pytest.param("a.mp4", {"sampling": "uniform"}, "auto", 24.0, id="all frames at 24"),
         pytest.param("a.mp4", {"sample_frame_rate": 3}, 12, 12.0, id="as the user says"),
         pytest.param("images", {}, "auto", DEFAULT_FPS, id="a folder of images"),
+        pytest.param("slow.mkv", {}, "auto", LOWEST_AUTO_FPS, id="ten seconds a frame"),
     ],
 )
 def test_a_run_writes_its_videos_at_the_rate_of_the_clip(tmp_path, source, choice, fps, expected):
     write(tmp_path / "a.mp4", numbered(24), rate=24)
+    write(tmp_path / "slow.mkv", numbered(24), rate=Fraction(1, 10))
     (tmp_path / "images").mkdir()
     for number, frame in enumerate(numbered(24)):
         Image.fromarray(frame).save(tmp_path / f"images/{number}.png")
