@@ -62,11 +62,13 @@ def test_prompts_come_from_the_command_line_and_from_a_file(finished_run, cli, t
     assert {path.name for path in folder.iterdir()} == {
         *names,
         "contact-sheet.png",
+        "contact-sheet.txt",  # the labels' font has no Chinese
         "side-by-side.gif",
         "side-by-side.mp4",
     }
     written = [f"{stem}.mp4" for stem in stems] + [
         "contact-sheet.png",
+        "contact-sheet.txt",
         "side-by-side.mp4",
         "side-by-side.gif",
     ]

@@ -62,6 +62,14 @@ def test_a_case_passes_with_the_kernel_for_tpus(monkeypatch):
     assert [row for row in rows(reference, ["unet3d_tuned.3f_batch2"]) if not row.passed] == []
 
 
+def test_cases_pass_with_the_arithmetic_of_gpus(monkeypatch):
+    # Without cuDNN's kernels, which are for 16-bit types.
+    monkeypatch.setattr("tav_jax.models.backend.platform", lambda: "gpu")
+    reference = golden.GoldenSet(FOLDER)
+    names = ("vae", "unet2d", "unet3d_tuned.4f_odd", "sample", "tune")
+    assert [row for row in rows(reference, names) if not row.passed] == []
+
+
 def test_bfloat16_stays_within_a_stated_distance():
     reference = golden.GoldenSet(FOLDER, precision="bf16")
     names = ("text", "vae", "unet3d_tuned.3f_batch2", "sample", "invert", "tune")
