@@ -12,7 +12,7 @@ from tav_jax.runs.batch_plan import plan_jobs, read_plan
 from tav_jax.runs.batch_processes import devices_here, run_workers, worker_environments
 from tav_jax.runs.batch_work import missing_samples, read_manifest, work, write_manifest
 from tav_jax.runs.render import warn_unused_seeds
-from tav_jax.settings import BatchSize, wrong_option
+from tav_jax.settings import BatchSize, check_options
 
 PLAN_FORMAT = """\
 A plan in YAML asks for every prompt and seed of every run:
@@ -59,10 +59,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the batch command with these arguments, by default the process's own."""
     args = _parser().parse_args(argv)
-    numbers = {"--batch-size": args.batch_size, "--workers": args.workers}
-    wrong = [wrong_option(name, BatchSize, value) for name, value in numbers.items()]
-    if problems := [problem for problem in wrong if problem]:
-        raise UserError("\n".join(problems))
+    check_options(
+        ("--batch-size", BatchSize, args.batch_size), ("--workers", BatchSize, args.workers)
+    )
     jobs = plan_jobs(read_plan(args.plan))
     manifest = args.manifest or args.plan.with_suffix(".manifest.jsonl")
     if place := first_unwritable_parent(manifest.absolute().parent):

@@ -166,6 +166,12 @@ def wrong_option(option: str, kind: Any, value: Any) -> str | None:
     return None
 
 
+def check_options(*options: tuple[str, Any, Any]) -> None:
+    """Raise `UserError` with all that is wrong about options, as `wrong_option` takes them."""
+    if problems := [problem for option in options if (problem := wrong_option(*option))]:
+        raise UserError("\n".join(problems))
+
+
 def _set(tree: dict[str, Any], override: str, settings: type | None) -> str | None:
     """Put one `key=value` into a tree, or return the reason why that is impossible."""
     key, equals, text = override.partition("=")

@@ -1,4 +1,4 @@
-"""Configs of networks that are as small as the tests allow.
+"""Configs of networks, and settings of a run, that are as small as the tests allow.
 
 The U-Net has two levels, both attentions and a skip of each kind. A program of it compiles in a few
 seconds.
@@ -43,3 +43,10 @@ TEXT = CLIPTextConfig(
     layer_norm_eps=1e-5,
     hidden_act="quick_gelu",
 )
+
+# The keys of a run's config that have no default.
+RUN = {
+    "pretrained_model_path": "model",
+    "output_dir": "run",
+    "train_data": {"video_path": "clip.mp4", "prompt": "a man is skiing"},
+}

@@ -22,7 +22,7 @@ from tav_jax.errors import UserError
 from tav_jax.models.compute import PRECISION_DTYPES
 from tav_jax.parallel.sharding import make_mesh, on_mesh
 from tav_jax.runs.config import check_pixels, parse_mesh
-from tav_jax.settings import Count, wrong_option
+from tav_jax.settings import Count, check_options
 from tav_jax.training.memory import DoesNotFitError, Size
 
 
@@ -51,10 +51,7 @@ def _measure_all(
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other."""
-    numbers = {"--repeats": args.repeats, "--chips": args.chips}
-    wrong = [wrong_option(name, Count, value) for name, value in numbers.items()]
-    if problems := [problem for problem in wrong if problem]:
-        raise UserError("\n".join(problems))
+    check_options(("--repeats", Count, args.repeats), ("--chips", Count, args.chips))
     for frames, side in product(args.frames, args.size or [1]):
         check_pixels(frames, side, side)
     if args.plot and args.aot:

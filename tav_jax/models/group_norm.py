@@ -142,7 +142,7 @@ def _backward(options: NormOptions, residuals: tuple, gradient: Array):
     pairs = _before_scale(residuals, gradient, options)
     dparts = [
         dy * _spread(a, dy) - _spread(m, dy) - x_hat * _spread(n, dy)
-        for (x_hat, dy), a, m, n in zip(pairs, *(_split(v, parts) for v in vectors), strict=True)
+        for (x_hat, dy), a, m, n in zip(pairs, *(split_as(parts, v) for v in vectors), strict=True)
     ]
     return (
         tuple(dx.astype(x.dtype) for dx, x in zip(dparts, parts, strict=True)),
@@ -159,7 +159,7 @@ def _before_scale(
     parts, scale, bias, _, mean, rstd = residuals
     pairs = []
     normed = _normalise(parts, mean, rstd, scale, bias)
-    for (x_hat, y), dy in zip(normed, _split(gradient, parts), strict=True):
+    for (x_hat, y), dy in zip(normed, split_as(parts, gradient), strict=True):
         dy = dy.astype(jnp.float32)
         if options.silu:
             sigmoid = jax.nn.sigmoid(y)
@@ -204,7 +204,7 @@ def _normalise(
 ) -> list[tuple[Array, Array]]:
     """Return each part normalised, before and after scale and bias, float32."""
     out = []
-    pieces = (_split(v, parts) for v in (mean, rstd, scale[None], bias[None]))
+    pieces = (split_as(parts, v) for v in (mean, rstd, scale[None], bias[None]))
     for x, m, r, s, b in zip(parts, *pieces, strict=True):
         x_hat = (x.astype(jnp.float32) - _spread(m, x)) * _spread(r, x)
         out.append((x_hat, x_hat * _spread(s, x) + _spread(b, x)))
@@ -217,10 +217,10 @@ def _over_groups(values: Channels, groups: int) -> Channels:
     return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(values.shape)
 
 
-def _split(x: Float[Array, "*axes c"], parts: Parts) -> list[Array]:
-    """Return x cut along its channels as `parts` are."""
+def split_as(parts: Parts, x: Array, axis: int = -1) -> list[Array]:
+    """Return x cut along an axis of channels as `parts` are."""
     ends = list(accumulate(part.shape[-1] for part in parts))
-    return jnp.split(x, ends[:-1], axis=-1)
+    return jnp.split(x, ends[:-1], axis)
 
 
 def _spread(vector: Float[Array, "_ c"], x: Array) -> Array:

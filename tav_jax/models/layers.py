@@ -8,7 +8,6 @@ between the batch and `h w c`, so one residual block serves images and videos.
 import math
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from tav_jax.models import backend
-from tav_jax.models.group_norm import Parts, group_norm
+from tav_jax.models.group_norm import Parts, group_norm, split_as
 from tav_jax.types import PRNGKey
 
 
@@ -341,8 +340,7 @@ class ResnetBlock(nnx.Module):
         if self.conv_shortcut is None:
             return jnp.concatenate(x, axis=-1)
         # The sum of each part's product with its rows of the kernel.
-        ends = list(accumulate(part.shape[-1] for part in x))
-        kernels = jnp.split(self.conv_shortcut.kernel[...][0, 0], ends[:-1])
+        kernels = split_as(x, self.conv_shortcut.kernel[...][0, 0], axis=0)
         products = [part @ k.astype(part.dtype) for part, k in zip(x, kernels, strict=True)]
         return sum(products, along_channels(self.conv_shortcut.bias[...], products[0]))
 

@@ -82,7 +82,7 @@ def to_image(frame: VideoFrame, reformatter: VideoReformatter) -> Image.Image:
     """Return a decoded frame as an RGB image.
 
     HDR becomes SDR: the reference white of 203 cd/m2 becomes white, and what is brighter is dimmed
-    to full brightness with its hue kept. Transparent pixels are laid on white.
+    to full brightness with its hue kept. Transparent pixels are blended with white.
 
     Args:
         frame: The frame.

@@ -82,6 +82,6 @@ def write_image(path: str | os.PathLike[str], image: UInt8[np.ndarray, "H W 3"])
 
 
 def _require_uint8(frames: np.ndarray) -> None:
-    # mediapy would take floats for [0, 1] and write grey without a word.
+    # Pillow and PyAV refuse floats too, but do not say what to pass.
     if frames.dtype != np.uint8:
         raise TypeError(f"frames are {frames.dtype}, not uint8; pass to_frames(pixel_values)")

@@ -8,10 +8,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from tav_jax.console import Parser, command, say
-from tav_jax.errors import UserError
 from tav_jax.pipeline import decode_latents, random_latents, sample_latents
 from tav_jax.pretrained.model import Model, load_model
-from tav_jax.settings import Count, GuidanceScale, StepsFromZero, wrong_option
+from tav_jax.settings import Count, GuidanceScale, StepsFromZero, check_options
 from tav_jax.video.sheets import contact_sheet
 from tav_jax.video.write import to_frames, write_image
 from tav_jax.worlds.tiny_scenes.detector import read_frame
@@ -102,13 +101,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="some of the images")
     args = parser.parse_args(argv)
-    wrong = [
-        wrong_option("--count", Count, args.count),
-        wrong_option("--seed", StepsFromZero, args.seed),
-        *(wrong_option("--guidance-scale", GuidanceScale, scale) for scale in args.guidance_scale),
-    ]
-    if problems := [problem for problem in wrong if problem]:
-        raise UserError("\n".join(problems))
+    check_options(
+        ("--count", Count, args.count),
+        ("--seed", StepsFromZero, args.seed),
+        *(("--guidance-scale", GuidanceScale, scale) for scale in args.guidance_scale),
+    )
     model = load_model(args.model, attention_scope="spatial")
     rows = {}
     for scale in args.guidance_scale:

@@ -3,6 +3,7 @@ from dataclasses import fields, replace
 
 import pytest
 import yaml
+from small_configs import RUN as SMALLEST
 
 from tav_jax.runs.config import (
     EXECUTION_KEYS,
@@ -55,12 +56,6 @@ use_8bit_adam: False
 gradient_checkpointing: True
 enable_xformers_memory_efficient_attention: True
 """
-
-SMALLEST = {
-    "pretrained_model_path": "model",
-    "output_dir": "run",
-    "train_data": {"video_path": "clip.mp4", "prompt": "a man is skiing"},
-}
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from small_configs import RUN as SMALLEST
 
 from tav_jax.files import keep_json_lines
 from tav_jax.pretrained.weights import is_finite
@@ -18,12 +19,6 @@ from tav_jax.text import UNPRINTABLE, brief, printable, shorten
 from tav_jax.video.sheets import contact_sheet, sheet_labels
 
 ROOT = Path(__file__).parents[2]
-
-SMALLEST = {
-    "pretrained_model_path": "model",
-    "output_dir": "run",
-    "train_data": {"video_path": "clip.mp4", "prompt": "a man is skiing"},
-}
 
 
 @pytest.fixture
