@@ -81,6 +81,7 @@ def _acquire(lock: FileLock, folder: Path) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
+        (folder / LOCK).unlink(missing_ok=True)
         warnings.warn(
             f"{folder}: its file system has no locks; let no other process tune this run",
             stacklevel=2,
