@@ -139,8 +139,9 @@ class Run:
             return
         self.clip()
         assert self._clip_digest is not None
-        digests = self._model_digests or self._digest_model(self._find_model())
-        inputs = Inputs(self._clip_digest, digests.result())
+        self.begin_digests()
+        assert self._model_digests is not None
+        inputs = Inputs(self._clip_digest, self._model_digests.result())
         text = dump_config(with_fps(self.config, self.fps))
         with atomic_write(self.config_file) as path:
             path.write_text(text, encoding="utf-8")
@@ -187,9 +188,9 @@ class Run:
 
     def load_base(self) -> Model:
         """Return the base model, sharded over the mesh, with trained parameters in float32."""
-        config, folder = self.config, self._find_model()
-        if self.recorded or is_main_process():
-            self._model_digests = self._digest_model(folder)
+        config, folder = self.config, self._model_folder
+        if self.recorded:
+            self._begin_digests(folder)
         model = load_model(
             folder,
             dtype=PRECISION_DTYPES[config.mixed_precision],
@@ -205,15 +206,26 @@ class Run:
         unet, vae, text_encoder = shard((model.unet, model.vae, model.text_encoder))
         return replace(model, unet=unet, vae=vae, text_encoder=text_encoder)
 
-    def _find_model(self) -> Path:
+    @cached_property
+    def _model_folder(self) -> Path:
         config = self.config
         return find_folder(
             config.pretrained_model_path, revision=config.revision, variant=config.variant
         )
 
-    def _digest_model(self, folder: Path) -> Future[dict[str, FileDigest]]:
+    def begin_digests(self) -> None:
+        """Begin to compute the digests that `record_config` waits for.
+
+        Call it when the model has been loaded, which keeps several cores busy: what comes next,
+        compiling, is mostly one thread's work.
+        """
+        if self._model_digests is None and is_main_process():
+            self._begin_digests(self._model_folder)
+
+    def _begin_digests(self, folder: Path) -> None:
         known = self.recorded.model if self.recorded else {}
-        return in_background(lambda: digest_model(folder, self.config.variant, known))
+        variant = self.config.variant
+        self._model_digests = in_background(lambda: digest_model(folder, variant, known))
 
     def load_model(self, step: int) -> Model:
         """Return the tuned model of a checkpoint."""
