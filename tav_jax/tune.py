@@ -39,24 +39,35 @@ def tune_alone(run: Run, programs: Programs) -> None:
         say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
     with on_mesh(mesh):
         tuning = prepare(run, programs)
-        start, end = tuning.start, tuning.end
-        # A run that was stopped between a checkpoint and its samples still owes them, and one with
-        # new prompts owes those.
-        owes = start > 0 and is_validated(run.config, start)
-        if owes:
-            missing_samples(run, start)  # refuses before anything is recorded
+        if owes_samples(tuning):
+            missing_samples(run, tuning.start)  # refuses before anything is recorded
         run.record_config()
-        if owes:
-            validate(tuning, start)
-        if start >= end:
-            say(f"{run.folder}: done, {start} of {end} steps")
-            return
-        count = sum(tuning.state.unet.params[name].size for name in tuning.trained_names)
-        frames = len(run.clip())
-        say(f"tuning {count:,} parameters on {frames} frames, steps {start + 1} to {end}")
-        with closing(fit(tuning)) as steps:
-            for step in steps:
-                validate(tuning, step)
+        finish(tuning)
+
+
+def owes_samples(tuning: Tuning) -> bool:
+    """Tell whether the newest checkpoint is validated.
+
+    A run that was stopped between a checkpoint and its samples still owes them, and one with new
+    prompts owes those.
+    """
+    return tuning.start > 0 and is_validated(tuning.run.config, tuning.start)
+
+
+def finish(tuning: Tuning) -> None:
+    """Run what is left of a run that is ready to step."""
+    run, start, end = tuning.run, tuning.start, tuning.end
+    if owes_samples(tuning):
+        validate(tuning, start)
+    if start >= end:
+        say(f"{run.folder}: done, {start} of {end} steps")
+        return
+    count = sum(tuning.state.unet.params[name].size for name in tuning.trained_names)
+    frames = len(run.clip())
+    say(f"tuning {count:,} parameters on {frames} frames, steps {start + 1} to {end}")
+    with closing(fit(tuning)) as steps:
+        for step in steps:
+            validate(tuning, step)
 
 
 def validation_samples(run: Run, step: int) -> list[Sample]:
