@@ -12,7 +12,7 @@ from tav_jax.runs.batch_plan import plan_jobs, read_plan
 from tav_jax.runs.batch_processes import devices_here, run_workers, worker_environments
 from tav_jax.runs.batch_work import missing_samples, read_manifest, work, write_manifest
 from tav_jax.runs.render import warn_unused_seeds
-from tav_jax.settings import BatchSize, check_options
+from tav_jax.settings import BatchSize, PathText, check_options
 
 PLAN_FORMAT = """\
 A plan in YAML asks for every prompt and seed of every run:
@@ -50,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=1, metavar="N", help="processes on this host, a GPU each"
     )
     parser.add_argument(
+        "--model", metavar="DIR", help="the runs' base model, if it has moved (compared by digest)"
+    )
+    parser.add_argument(
         "--manifest", type=Path, metavar="FILE", help="default: PLAN.manifest.jsonl beside the plan"
     )
     return parser
@@ -60,9 +63,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the batch command with these arguments, by default the process's own."""
     args = _parser().parse_args(argv)
     check_options(
-        ("--batch-size", BatchSize, args.batch_size), ("--workers", BatchSize, args.workers)
+        ("--batch-size", BatchSize, args.batch_size),
+        ("--workers", BatchSize, args.workers),
+        ("--model", PathText, args.model),
     )
-    jobs = plan_jobs(read_plan(args.plan))
+    jobs = plan_jobs(read_plan(args.plan), args.model)
     manifest = args.manifest or args.plan.with_suffix(".manifest.jsonl")
     if place := first_unwritable_parent(manifest.absolute().parent):
         raise UserError(f"--manifest: {place} is not writable; name another file")
@@ -73,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (workers := min(args.workers, wanted)) > 1:
         arguments = [str(args.plan), "--batch-size", str(args.batch_size)]
         arguments += ["--manifest", str(manifest)]
+        arguments += ["--model", args.model] if args.model is not None else []
         failed = run_workers(arguments, worker_environments(workers, *devices_here()))
         written = wanted - sum(len(missing_samples(job)) for job in jobs)
     else:

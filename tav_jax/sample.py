@@ -16,7 +16,7 @@ from tav_jax.runs.config import parse_mesh
 from tav_jax.runs.render import sample_run
 from tav_jax.runs.samples import Sample, check_number_of_videos, plan_samples
 from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings
-from tav_jax.settings import BatchSize, Text, WrongSettingsError, parse, wrong_option
+from tav_jax.settings import BatchSize, PathText, Text, WrongSettingsError, parse, wrong_option
 from tav_jax.text import SURROGATE, brief
 
 
@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--eta", type=float, help="noise of each DDIM step, 0 to 1")
     parser.add_argument("--random-noise", action="store_true", help="do not start from the clip")
     parser.add_argument("--output-dir", metavar="DIR", help="default: RUN_DIR/samples/sample-STEP")
+    parser.add_argument(
+        "--model", metavar="DIR", help="the run's base model, if it has moved (compared by digest)"
+    )
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="prompts at a time")
     parser.add_argument(
         "--mesh", metavar="AXES", help="devices, as in data=2,frames=4 (default: as the run has it)"
@@ -86,8 +89,12 @@ def _check(args: argparse.Namespace, given: dict[str, Any]) -> None:
             f"--{name.replace('_', '-')}: {problem}" if name else problem
             for name, problem in error.problems
         ]
-    if problem := wrong_option("--batch-size", BatchSize, args.batch_size):
-        problems.append(problem)
+    for option in (
+        ("--batch-size", BatchSize, args.batch_size),
+        ("--model", PathText, args.model),
+    ):
+        if problem := wrong_option(*option):
+            problems.append(problem)
     if problems:
         raise UserError("\n".join(problems))
 
@@ -128,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         output_dir=args.output_dir,
         overwrite=args.overwrite,
     )
+    if args.model is not None:
+        job.run.use_model(args.model)
     if args.mesh:
         job.run.config = replace(job.run.config, mesh=parse_mesh(args.mesh))
     sample_run(job, batch_size=args.batch_size)

@@ -13,9 +13,10 @@ from tav_jax.errors import NotLearningError, UserError
 from tav_jax.parallel import processes as distributed
 from tav_jax.parallel.sharding import on_mesh
 from tav_jax.runs.config import TuneConfig, load_clips, load_config, with_absolute_paths
+from tav_jax.runs.lock import lock_run
 from tav_jax.runs.render import render
 from tav_jax.runs.run import Run
-from tav_jax.runs.samples import default_sample, is_done
+from tav_jax.runs.samples import Sample, default_sample, is_done
 from tav_jax.runs.tuning import Programs, Tuning, fit, is_validated, prepare
 
 
@@ -27,36 +28,71 @@ def tune(config: TuneConfig, programs: Programs | None = None) -> None:
         programs: Train steps that earlier runs have compiled; this run's step is added.
     """
     run = Run.create(with_absolute_paths(config))
+    with lock_run(run.folder):
+        tune_alone(run, {} if programs is None else programs)
+
+
+def tune_alone(run: Run, programs: Programs) -> None:
+    """Do what `tune` does with a run that no other process tunes."""
     mesh = run.mesh()
     if mesh.size > 1:
         say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
     with on_mesh(mesh):
-        tuning = prepare(run, {} if programs is None else programs)
+        tuning = prepare(run, programs)
+        if owes_samples(tuning):
+            missing_samples(run, tuning.start)  # refuses before anything is recorded
         run.record_config()
-        start, end = tuning.start, tuning.end
-        if start and is_validated(run.config, start):
-            # A run that was stopped between a checkpoint and its samples still owes them.
-            validate(tuning, start)
-        if start >= end:
-            say(f"{run.folder}: done, {start} of {end} steps")
-            return
-        count = sum(tuning.state.unet.params[name].size for name in tuning.trained_names)
-        frames = len(run.clip())
-        say(f"tuning {count:,} parameters on {frames} frames, steps {start + 1} to {end}")
-        with closing(fit(tuning)) as steps:
-            for step in steps:
-                validate(tuning, step)
+        finish(tuning)
+
+
+def owes_samples(tuning: Tuning) -> bool:
+    """Tell whether the newest checkpoint is validated.
+
+    A run that was stopped between a checkpoint and its samples still owes them, and one with new
+    prompts owes those.
+    """
+    return tuning.start > 0 and is_validated(tuning.run.config, tuning.start)
+
+
+def finish(tuning: Tuning) -> None:
+    """Run what is left of a run that is ready to step."""
+    run, start, end = tuning.run, tuning.start, tuning.end
+    if owes_samples(tuning):
+        validate(tuning, start)
+    if start >= end:
+        say(f"{run.folder}: done, {start} of {end} steps")
+        return
+    count = sum(tuning.state.unet.params[name].size for name in tuning.trained_names)
+    frames = len(run.clip())
+    say(f"tuning {count:,} parameters on {frames} frames, steps {start + 1} to {end}")
+    with closing(fit(tuning)) as steps:
+        for step in steps:
+            validate(tuning, step)
+
+
+def validation_samples(run: Run, step: int) -> list[Sample]:
+    """Return the samples of the validation prompts."""
+    default = default_sample(run.config, step)
+    return [replace(default, prompt=prompt) for prompt in run.config.validation_data.prompts]
+
+
+def missing_samples(run: Run, step: int) -> list[bool]:
+    """Tell of each validation sample whether its video is not there yet.
+
+    Raises:
+        ExistingFileError: Videos of those names were made with other settings.
+    """
+    folder, video_format = run.samples(step), run.config.validation_data.video_format
+    samples = validation_samples(run, step)
+    return [not is_done(sample, folder, video_format) for sample in samples]
 
 
 def validate(tuning: Tuning, step: int) -> None:
     """Sample the validation prompts that are not there yet, with the model as it is now."""
     run = tuning.run
-    default, folder = default_sample(run.config, step), run.samples(step)
-    samples = [replace(default, prompt=prompt) for prompt in run.config.validation_data.prompts]
-    is_wanted = distributed.broadcast_from_main(
-        [not is_done(sample, folder, run.config.validation_data.video_format) for sample in samples]
-    )
-    render(run, folder, samples, is_wanted, tuning.tuned_model, tuning.stages)
+    samples = validation_samples(run, step)
+    is_wanted = distributed.broadcast_from_main(missing_samples(run, step))
+    render(run, run.samples(step), samples, is_wanted, tuning.tuned_model, tuning.stages)
 
 
 def tune_all(configs: Sequence[TuneConfig]) -> None:
@@ -69,7 +105,10 @@ def tune_all(configs: Sequence[TuneConfig]) -> None:
     problems = []
     for config in configs:
         try:
-            Run.create(with_absolute_paths(config)).clip()
+            run = Run.create(with_absolute_paths(config))
+            run.clip()
+            with lock_run(run.folder):
+                pass
         except UserError as error:
             problems.append(str(error))
     if problems:

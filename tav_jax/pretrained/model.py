@@ -29,6 +29,9 @@ from tav_jax.types import PRNGKey
 
 CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 TOKENIZER_CONFIGS = {"tokenizer_config.json", "special_tokens_map.json"}
+TOKENIZER_FILES = TOKENIZER_CONFIGS | {
+    *("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+}
 INDEX_NAME = "model_index.json"
 
 if TYPE_CHECKING:
@@ -119,6 +122,20 @@ def load_model(
         attention_implementation=attention, gradient_checkpointing=gradient_checkpointing
     )
     return model.with_unet(unet)
+
+
+def model_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """Return the files of a model's folder on which `load_model`'s result depends.
+
+    Raises:
+        MissingFileError: The folder is incomplete.
+    """
+    files = [folder / "scheduler" / CONFIG_NAMES["scheduler"]]
+    for part, stem in WEIGHT_STEMS.items():
+        files.append(folder / part / "config.json")
+        files += weights.find_files(folder / part, stem, variant)
+    tokenizer = folder / "tokenizer"
+    return files + sorted(path for path in tokenizer.iterdir() if path.name in TOKENIZER_FILES)
 
 
 def _read_configs(folder: Path) -> tuple[CLIPTextConfig, VAEConfig, UNetConfig]:

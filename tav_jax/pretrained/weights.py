@@ -52,6 +52,7 @@ CHUNK = 2**18  # numbers
 CONVERTERS = 2  # threads that cast tensors, each of which may be a hundred megabytes
 WEIGHT_TYPES = ("F16", "BF16", "F32", "F64")
 MOST_OF_A_KIND = 3  # tensors that are named, if more are missing, left over or of another shape
+MOST_CHARACTERS = 490  # of a message about them
 MOST_HEADER_BYTES = 100_000_000  # the limit of the library safetensors
 
 # What parts of names say about a file that is no folder.
@@ -181,10 +182,10 @@ class _Matching:
         self.may_lack = may_lack
         self.published = {tensor_name(name): name for name in shapes}
         self.met: set[str] = set()
-        self.problems: dict[str, list[str]] = {}
+        self.problems: dict[str, list[tuple[str, str]]] = {}
 
-    def _add(self, kind: str, text: str) -> None:
-        self.problems.setdefault(kind, []).append(f"  {kind}: {text}")
+    def _add(self, kind: str, name: str, shape: str) -> None:
+        self.problems.setdefault(kind, []).append((name, shape))
 
     def find(self, published_name: str, shape: tuple[int, ...]) -> str | None:
         """Return the name of a tensor's parameter, or None if there is none of that shape."""
@@ -193,14 +194,14 @@ class _Matching:
         name = parameter_name(published_name, len(shape))
         # A weight of another rank is still that weight, and has a wrong shape.
         name = self.published.get(tensor_name(name), name)
-        tensor = f"{shorten(published_name, 150)} {brief(list(shape))}"
+        tensor = shorten(published_name, 150), brief(list(shape))
         if name in self.met:
-            self._add("twice, under two names", tensor)
+            self._add("twice, under two names", *tensor)
         self.met.add(name)
         if name not in self.shapes:
-            self._add("left over", tensor)
+            self._add("left over", *tensor)
         elif list(shape) != (expected := _published_shape(name, self.shapes)):
-            self._add("wrong shape", f"{tensor}, expected {expected}")
+            self._add("wrong shape", tensor[0], f"{tensor[1]}, expected {expected}")
         else:
             return name
         return None
@@ -209,15 +210,28 @@ class _Matching:
         """Raise `UserError` if tensors are missing, left over or of other shapes."""
         for name in self.shapes:
             if name not in self.met and not in_modules(name, self.may_lack):
-                self._add("missing", f"{tensor_name(name)} {_published_shape(name, self.shapes)}")
+                self._add("missing", tensor_name(name), str(_published_shape(name, self.shapes)))
+        if not self.problems:
+            return
+        heading = f"{shorten(where, 150)}: not the network of its config:"
+        for most in range(MOST_OF_A_KIND, -1, -1):
+            message = "\n".join([heading, *self._list(most)])
+            if len(message) <= MOST_CHARACTERS:
+                break
+        raise UserError(message)
+
+    def _list(self, most: int) -> list[str]:
+        """Return lines of what does not match, of each kind so many, or at 0 one without shape."""
         lines = []
-        for kind in sorted(self.problems):
-            of_kind = sorted(self.problems[kind])
-            lines += of_kind[:MOST_OF_A_KIND]
-            if (more := len(of_kind) - MOST_OF_A_KIND) > 0:
-                lines.append(f"  {kind}: and {more} more")
-        if lines:
-            raise UserError(f"{where}: not the network of its config:\n" + "\n".join(lines))
+        for kind, tensors in sorted(self.problems.items()):
+            tensors = sorted(tensors)
+            if most:
+                lines += [f"  {kind}: {name} {shape}" for name, shape in tensors[:most]]
+            else:
+                lines.append(f"  {kind}: {shorten(tensors[0][0], 30)}")
+            if (more := len(tensors) - max(most, 1)) > 0:
+                lines[-1] += f", and {more} more"
+        return lines
 
 
 def is_finite(tensor: np.ndarray) -> bool:

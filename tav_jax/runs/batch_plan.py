@@ -154,11 +154,16 @@ def _singular(plan: dict[Any, Any], name: str) -> str:
     return str(singular)
 
 
-def plan_jobs(items: Sequence[Item]) -> list[Job]:
+def plan_jobs(items: Sequence[Item], model: str | None = None) -> list[Job]:
     """Return what is to be sampled from each run. All runs are checked and nothing is written.
 
+    Args:
+        items: The videos of the plan.
+        model: Where the runs' base model is now, or None: where they have recorded it.
+
     Raises:
-        UserError: Runs are missing, or videos with other settings exist; all are listed.
+        UserError: Runs are missing, or videos with other settings exist, or a run's clip is another
+            now; all are listed.
     """
     by_run: dict[Path, list[Item]] = {}
     for item in items:  # a run may be named in several ways
@@ -170,7 +175,12 @@ def plan_jobs(items: Sequence[Item]) -> list[Job]:
             return [item.to_sample(default) for item in wanted]
 
         try:
-            jobs.append(plan_samples(wanted[0].run, make_samples))
+            job = plan_samples(wanted[0].run, make_samples)
+            if model is not None:
+                job.run.use_model(model)
+            if job.wanted:
+                job.run.check_clip()
+            jobs.append(job)
         except UserError as error:
             problems.append(str(error))
     if problems:

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from tav_jax.errors import UserError
 from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
 from tav_jax.parallel.processes import broadcast_number_from_main
-from tav_jax.reading import read_yaml, why_not_a_file
+from tav_jax.reading import read_text, read_yaml, why_not_a_file
 from tav_jax.runs.sampling_settings import SamplingSettings, select_settings
 from tav_jax.settings import (
     MOST_PIXELS,
@@ -36,7 +36,6 @@ from tav_jax.settings import (
     Steps,
     StepsFromZero,
     Text,
-    flatten,
     merge_trees,
     override,
     parse,
@@ -67,11 +66,10 @@ Checkpointing = Annotated[
 # None is "auto".
 ClipFps = Annotated[Fps | None, BeforeValidator(lambda value: None if value == "auto" else value)]
 
-# Keys that change how a run is computed, but not its result. A run may resume with other values.
-EXECUTION_KEYS = (
-    *("attention", "gradient_checkpointing", "memory_limit_gb"),
-    *("mesh.data", "mesh.frames", "mesh.fsdp"),
-)
+# The first and the last line of a run's config.yaml: what begins with one and lacks the other has
+# been cut off.
+FIRST_LINE = "# The complete settings of a run, down to the line that says so."
+LAST_LINE = "# These are the complete settings."
 
 
 def check_pixels(frames: int, width: int, height: int) -> None:
@@ -280,8 +278,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TuneCo
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: it is not YAML, or keys or values are wrong; all are listed.
+        UserError: it is not YAML, or keys or values are wrong, which all are listed. Or it is a
+            run's config.yaml and has been cut off.
     """
+    require_end(Path(path))
     return _config_and_notes(read_tree(path, overrides, TuneConfig), str(path))
 
 
@@ -376,14 +376,21 @@ def with_absolute_paths(config: TuneConfig) -> TuneConfig:
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().absolute())
 
-    model, checkpoint = config.pretrained_model_path, config.resume_from_checkpoint
+    checkpoint = config.resume_from_checkpoint
     return replace(
-        config,
-        # If it is not a folder it is a name or a Hub id.
-        pretrained_model_path=absolute(model) if Path(model).expanduser().is_dir() else model,
+        with_model(config, config.pretrained_model_path),
         output_dir=absolute(config.output_dir),
         train_data=replace(config.train_data, video_path=absolute(config.train_data.video_path)),
         resume_from_checkpoint=absolute(checkpoint) if checkpoint else None,
+    )
+
+
+def with_model(config: TuneConfig, path: str) -> TuneConfig:
+    """Return the same settings with a base model, a folder's path being absolute."""
+    folder = Path(path).expanduser()
+    # If it is not a folder it is a name or a Hub id.
+    return replace(
+        config, pretrained_model_path=str(folder.absolute()) if folder.is_dir() else path
     )
 
 
@@ -394,14 +401,23 @@ def with_fps(config: TuneConfig, fps: float | None) -> TuneConfig:
 
 def dump_config(config: TuneConfig) -> str:
     """Return the YAML that `load_config` reads back to the same settings."""
-    return yaml.safe_dump(to_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    keys = yaml.safe_dump(to_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return f"{FIRST_LINE}\n{keys}{LAST_LINE}\n"
 
 
-def differences(ours: TuneConfig, theirs: TuneConfig) -> list[str]:
-    """Return the keys in which two runs differ, with both values. Skip `EXECUTION_KEYS`."""
-    mine, other = flatten(asdict(ours)), flatten(asdict(theirs))
-    return [
-        f"{key}: {other[key]!r} there, {value!r} here"
-        for key, value in mine.items()
-        if value != other[key] and key not in EXECUTION_KEYS
-    ]
+def require_end(path: Path) -> None:
+    """Raise `UserError` if a file written from `dump_config` has been cut off."""
+    try:
+        lines = read_text(path).splitlines()
+    except (OSError, UserError):  # as will be said when its keys are read
+        return
+    if lines[:1] == [FIRST_LINE] and LAST_LINE not in lines:
+        raise cut_off(path, f"it lacks the line {LAST_LINE!r}")
+
+
+def cut_off(path: Path, why: str) -> UserError:
+    """Return the error of a run's config.yaml that is not complete."""
+    return UserError(
+        f"{path}: cut off or damaged: {why}; put a whole copy in its place, as the run's tune "
+        "command writes into another output_dir"
+    )

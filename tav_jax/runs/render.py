@@ -159,6 +159,8 @@ def sample_run(job: Job, *, batch_size: int = 1) -> list[Path]:
     if skipped := is_wanted.count(False):
         say(f"{skipped} of {len(job.samples)} videos are there already: skipped")
     warn_unused_seeds(job.wanted)
+    if any(is_wanted):
+        run.check_clip()
     # Without a video to make no devices are needed, which a run of many may lack here.
     with on_mesh(run.mesh()) if any(is_wanted) else nullcontext():
         return render(

@@ -1,9 +1,12 @@
 """A run: its folder, its settings, and what is loaded or computed from them once."""
 
 import math
+import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,25 @@ from tav_jax.models.compute import PRECISION_DTYPES
 from tav_jax.parallel.processes import broadcast_from_main, is_main_process
 from tav_jax.parallel.sharding import gather_to_host, make_mesh, shard
 from tav_jax.pipeline import encode_frames, invert_latents, posterior_mean_latents
+from tav_jax.pretrained.hub import find_folder
 from tav_jax.pretrained.model import Model, load_model
-from tav_jax.runs.config import TuneConfig, differences, dump_config, load_config, with_fps
+from tav_jax.runs.changes import check_changes
+from tav_jax.runs.config import TuneConfig, dump_config, with_fps, with_model
+from tav_jax.runs.inputs import (
+    ClipDigest,
+    FileDigest,
+    Inputs,
+    OtherInputError,
+    check_clip,
+    check_model,
+    digest_frames,
+    digest_model,
+    in_background,
+    read_inputs,
+    write_inputs,
+)
+from tav_jax.runs.lock import is_empty
+from tav_jax.runs.record import read_record
 from tav_jax.training.checkpoints import latest_step, restore_trained
 from tav_jax.training.optimizer import label_params, select
 from tav_jax.types import Latents, Moments
@@ -35,7 +55,8 @@ class Run:
     """A run's folder with its settings. The constructor writes nothing.
 
     The clip is read once and encoded once. It is inverted once for each checkpoint and number of
-    steps. The results are kept in memory.
+    steps. The results are kept in memory. Where the clip is read or the model loaded, each is
+    compared with what the run has recorded.
 
     Args:
         folder: The run's folder, which need not exist.
@@ -48,7 +69,10 @@ class Run:
         self.config_file = self.folder / "config.yaml"
         self.metrics = self.folder / "metrics.jsonl"
         self.checkpoints = self.folder / "checkpoints"
+        self.inputs_file = self.folder / "inputs.json"
         self._clip: Clip | None = None
+        self._clip_digest: ClipDigest | None = None
+        self._model_digests: Future[dict[str, FileDigest]] | None = None
         self._moments: Moments | None = None
         self._inverted: dict[tuple[int, int], Latents] = {}
 
@@ -74,18 +98,21 @@ class Run:
         """
         run = cls(config.output_dir, config)
         if run.config_file.is_file():
-            theirs, _ = load_config(run.config_file)
+            theirs = read_record(run.config_file)
             if config.validation_data.fps is None:  # "auto" here, and a number there
                 config = with_fps(config, theirs.validation_data.fps)
                 run = cls(config.output_dir, config)
-            # The folder's own path does not count: it may have been renamed or mounted elsewhere.
-            differing = differences(config, replace(theirs, output_dir=config.output_dir))
-            if differing:
-                raise UserError(
-                    f"output_dir: {run.folder} is a run of other settings; "
-                    "name another output_dir:\n" + "\n".join(f"  {line}" for line in differing)
-                )
-        elif run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
+            check_changes(
+                config,
+                # The folder's own path does not count: it may have been renamed.
+                replace(theirs, output_dir=config.output_dir),
+                run.folder,
+                done=run.latest_step() or 0,
+                has_digests=run.recorded is not None,
+                has_samples=any(run.folder.glob("samples/*/*"))
+                or any(run.folder.glob("inv_latents/*")),
+            )
+        elif run.folder.exists() and not (run.folder.is_dir() and is_empty(run.folder)):
             raise UserError(
                 f"output_dir: {run.folder} exists and is not a run of tav_jax.tune; name another"
             )
@@ -99,20 +126,37 @@ class Run:
 
         Raises:
             MissingFileError: The folder is not a run's.
-            UserError: Its config.yaml is damaged.
+            UserError: Its config.yaml is damaged or incomplete.
         """
         run_config = Path(folder) / "config.yaml"
         if not run_config.is_file():
             raise MissingFileError(f"--run: {folder} is not a run of tav_jax.tune: no config.yaml")
-        config, _ = load_config(run_config)
-        return cls(folder, config)
+        return cls(folder, read_record(run_config))
 
     def record_config(self) -> None:
-        """Create the run's folder with its complete settings."""
-        if is_main_process():
-            with atomic_write(self.config_file) as path:
-                text = dump_config(with_fps(self.config, self.fps))
-                path.write_text(text, encoding="utf-8")
+        """Create the run's folder with its complete settings and the digests of what it reads."""
+        if not is_main_process():
+            return
+        self.clip()
+        assert self._clip_digest is not None
+        self.begin_digests()
+        assert self._model_digests is not None
+        inputs = Inputs(self._clip_digest, self._model_digests.result())
+        text = dump_config(with_fps(self.config, self.fps))
+        with atomic_write(self.config_file) as path:
+            path.write_text(text, encoding="utf-8")
+        # After the settings, without which the folder would be no run.
+        if inputs != self.recorded:
+            write_inputs(self.inputs_file, inputs)
+
+    @cached_property
+    def recorded(self) -> Inputs | None:
+        """Return what the run has recorded of its clip and model, if it has.
+
+        Raises:
+            UserError: The record is damaged.
+        """
+        return read_inputs(self.inputs_file)
 
     def latest_step(self) -> int | None:
         """Return the newest checkpoint's step, or None."""
@@ -144,23 +188,51 @@ class Run:
 
     def load_base(self) -> Model:
         """Return the base model, sharded over the mesh, with trained parameters in float32."""
-        config = self.config
+        config, folder = self.config, self._model_folder
+        if self.recorded:
+            self._begin_digests(folder)
         model = load_model(
-            config.pretrained_model_path,
+            folder,
             dtype=PRECISION_DTYPES[config.mixed_precision],
             float32_modules=config.trainable_modules,
             attention_scope=config.attention_scope,
             attention=config.attention,
             key=jax.random.key(config.seed),
-            revision=config.revision,
             variant=config.variant,
         )
+        if self.recorded and self._model_digests:
+            now = self._model_digests.result()
+            check_model(self.recorded.model, now, self.folder, config.pretrained_model_path)
         unet, vae, text_encoder = shard((model.unet, model.vae, model.text_encoder))
         return replace(model, unet=unet, vae=vae, text_encoder=text_encoder)
 
+    @cached_property
+    def _model_folder(self) -> Path:
+        config = self.config
+        return find_folder(
+            config.pretrained_model_path, revision=config.revision, variant=config.variant
+        )
+
+    def begin_digests(self) -> None:
+        """Begin to compute the digests that `record_config` waits for.
+
+        Call it when the model has been loaded, which keeps several cores busy: what comes next,
+        compiling, is mostly one thread's work.
+        """
+        if self._model_digests is None and is_main_process():
+            self._begin_digests(self._model_folder)
+
+    def _begin_digests(self, folder: Path) -> None:
+        known = self.recorded.model if self.recorded else {}
+        variant = self.config.variant
+        self._model_digests = in_background(lambda: digest_model(folder, variant, known))
+
     def load_model(self, step: int) -> Model:
         """Return the tuned model of a checkpoint."""
-        model = self.load_base()
+        try:
+            model = self.load_base()
+        except MissingFileError as error:
+            raise MissingFileError(f"{error}; if the model has moved, give --model DIR") from None
         params = model.unet.params
         labels = label_params(params, self.config.trainable_modules)
         trained = restore_trained(self.checkpoint(step), select(params, labels, "train"))
@@ -182,7 +254,7 @@ class Run:
     def _read_clip(self) -> Clip:
         if self._clip is None:
             data = self.config.train_data
-            self._clip = read_clip(
+            clip = read_clip(
                 data.video_path,
                 n_sample_frames=data.n_sample_frames,
                 width=data.width,
@@ -192,7 +264,39 @@ class Run:
                 sampling=data.sampling,
                 fit=data.fit,
             )
+            self._clip_digest = digest_frames(clip.frames, Path(data.video_path))
+            if self.recorded:
+                check_clip(self.recorded.clip, self._clip_digest, self.folder, data.video_path)
+            self._clip = clip
         return self._clip
+
+    def check_clip(self) -> None:
+        """Raise `OtherInputError` if another clip is where the run's was.
+
+        A clip that is gone, or cannot be read, is not needed for samples from kept latents.
+        """
+        if self.recorded:
+            try:
+                self.clip()
+            except OtherInputError:
+                raise
+            except UserError:
+                return
+
+    def use_model(self, path: str) -> None:
+        """Load the base model from another place.
+
+        Args:
+            path: The model, as `pretrained_model_path` names it. Its files are compared with those
+                that the run was tuned with.
+        """
+        self.config = with_model(self.config, path)
+        if self.recorded is None:
+            warnings.warn(
+                f"{self.folder} has no digests of its model's files, so that {path} is not "
+                "compared with them",
+                stacklevel=2,
+            )
 
     def encoded_clip(self, model: Model) -> Moments:
         """Return the posterior of the clip. It is the same for all checkpoints."""

@@ -123,7 +123,8 @@ def is_done(sample: Sample, folder: Path, video_format: str) -> bool:
         values = "; ".join(f"{name} {brief(a)} there, {brief(b)} here" for name, a, b in differing)
         raise ExistingFileError(
             f"{video} was made with other settings ({values}); "
-            "give another --output-dir, or --overwrite"
+            "`python -m tav_jax.sample` makes one with these in another --output-dir, or in its "
+            "place with --overwrite"
         )
     return True
 

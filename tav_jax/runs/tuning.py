@@ -114,6 +114,7 @@ def prepare(run: Run, programs: Programs) -> Tuning:
         run.clip()
     with stages("load"):
         model = run.load_base()
+    run.begin_digests()
     check_num_steps(config.validation_data, len(model.schedule.alphas_cumprod))
     labels = label_params(model.unet.params, config.trainable_modules)
     # Warns of prompts that are too long before anything takes long.

@@ -71,6 +71,7 @@ def test_a_run_has_the_files_of_the_contract(finished_run):
     folder = finished_run.folder
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml",
+        "inputs.json",
         "metrics.jsonl",
         "checkpoints",
         "inv_latents",
@@ -527,7 +528,8 @@ def test_a_run_that_learns_nothing_stops_and_says_so(write_config, cli, tmp_path
     assert f"nothing has moved in {FEW[0]}" in error
     assert "learning_rate" in error
     # The check comes before the first checkpoint and sample.
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl"}
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.yaml", "inputs.json", "metrics.jsonl"}
 
 
 def test_a_loss_that_is_no_number_stops_the_run_in_one_line(material, write_config, cli, tmp_path):
@@ -648,11 +650,11 @@ def test_a_run_of_other_settings_is_refused_with_all_that_differs(finished_run, 
         "--config",
         finished_run.config,
         "learning_rate=1e-4",
-        "validation_data.prompts=[a dog]",
+        "train_data.prompt=a dog",
     )
     assert outcome.status == 1
     assert "learning_rate: 0.003 there, 0.0001 here" in outcome.err
-    assert "validation_data.prompts" in outcome.err
+    assert "train_data.prompt" in outcome.err
     assert len(outcome.err.splitlines()) == 3
     assert snapshot(finished_run.folder) == before
 

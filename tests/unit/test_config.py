@@ -5,13 +5,12 @@ import pytest
 import yaml
 from small_configs import RUN as SMALLEST
 
+from tav_jax.runs.changes import EXECUTION_KEYS, differences
 from tav_jax.runs.config import (
-    EXECUTION_KEYS,
     MEANINGLESS_KEYS,
     TrainData,
     TuneConfig,
     ValidationData,
-    differences,
     dump_config,
     load_config,
     parse_config,
@@ -185,7 +184,7 @@ def test_the_defaults_are_those_of_the_paper_and_the_release(write):
 def test_what_is_dumped_reads_back_the_same(config, write):
     read, _ = load_config(write(dump_config(config)))
     assert read == config
-    assert differences(read, config) == []
+    assert differences(read, config) == {}
 
 
 def test_the_dump_is_complete():
@@ -415,12 +414,12 @@ def test_differences_name_each_key_with_both_values():
         train_data=replace(there.train_data, n_sample_frames=4),
         validation_data=replace(there.validation_data, prompts=("a cat",)),
     )
-    assert sorted(differences(here, there)) == [
+    assert sorted(differences(here, there).values()) == [
         "seed: 0 there, 5 here",
         "train_data.n_sample_frames: 8 there, 4 here",
         "validation_data.prompts: () there, ('a cat',) here",
     ]
-    assert differences(there, there) == []
+    assert differences(there, there) == {}
 
 
 @pytest.mark.parametrize(
@@ -455,14 +454,15 @@ def test_every_setting_makes_a_difference():
             # Only in time and memory: a run may go on under another.
             another = replace(config, **{field.name: _another(config, field)})
             assert another != config
-            assert differences(another, config) == []
+            assert differences(another, config) == {}
         elif field.name not in ("train_data", "validation_data", "mesh"):
-            [line] = differences(replace(config, **{field.name: _another(config, field)}), config)
+            changed = replace(config, **{field.name: _another(config, field)})
+            [line] = differences(changed, config).values()
             assert line.startswith(f"{field.name}: ")
     for size in fields(config.mesh):
         another = replace(config, mesh=replace(config.mesh, **{size.name: 3}))
         assert another != config
-        assert differences(another, config) == []
+        assert differences(another, config) == {}
     for section in ("train_data", "validation_data"):
         for field in fields(getattr(config, section)):
             if field.name in ("video_length", "width", "height"):
@@ -471,7 +471,7 @@ def test_every_setting_makes_a_difference():
                 getattr(config, section),
                 **{field.name: _another(getattr(config, section), field)},
             )
-            [line] = differences(replace(config, **{section: changed}), config)
+            [line] = differences(replace(config, **{section: changed}), config).values()
             assert line.startswith(f"{section}.{field.name}: ")
 
 
