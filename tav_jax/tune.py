@@ -17,6 +17,7 @@ from tav_jax.runs.render import render
 from tav_jax.runs.run import Run
 from tav_jax.runs.samples import default_sample, is_done
 from tav_jax.runs.tuning import Programs, Tuning, fit, is_validated, prepare
+from tav_jax.training.checkpoints import remove_unfinished
 
 
 def tune(config: TuneConfig, programs: Programs | None = None) -> None:
@@ -33,19 +34,26 @@ def tune(config: TuneConfig, programs: Programs | None = None) -> None:
     with on_mesh(mesh):
         tuning = prepare(run, {} if programs is None else programs)
         run.record_config()
-        start, end = tuning.start, tuning.end
-        if start and is_validated(run.config, start):
-            # A run that was stopped between a checkpoint and its samples still owes them.
-            validate(tuning, start)
-        if start >= end:
-            say(f"{run.folder}: done, {start} of {end} steps")
-            return
-        count = sum(tuning.state.unet.params[name].size for name in tuning.trained_names)
-        frames = len(run.clip())
-        say(f"tuning {count:,} parameters on {frames} frames, steps {start + 1} to {end}")
-        with closing(fit(tuning)) as steps:
-            for step in steps:
-                validate(tuning, step)
+        remove_unfinished(run.checkpoints)
+        with run.kept():
+            finish(tuning)
+
+
+def finish(tuning: Tuning) -> None:
+    """Run what is left of a run that is ready to step."""
+    run, start, end = tuning.run, tuning.start, tuning.end
+    if start and is_validated(run.config, start):
+        # A run that was stopped between a checkpoint and its samples still owes them.
+        validate(tuning, start)
+    if start >= end:
+        say(f"{run.folder}: done, {start} of {end} steps")
+        return
+    count = sum(tuning.state.unet.params[name].size for name in tuning.trained_names)
+    frames = len(run.clip())
+    say(f"tuning {count:,} parameters on {frames} frames, steps {start + 1} to {end}")
+    with closing(fit(tuning)) as steps:
+        for step in steps:
+            validate(tuning, step)
 
 
 def validate(tuning: Tuning, step: int) -> None:
