@@ -92,6 +92,13 @@ def explain_refusal(path: Path, needed: int | None = None) -> Iterator[None]:
         ) from error
 
 
+def require_space(path: Path, needed: int) -> None:
+    """Raise the operating system's error of a full disk if there is less space than `needed`."""
+    # Some network file systems do not know their free space, and say 0.
+    if 0 < _free_bytes(path) < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def megabytes(size: float) -> str:
     """Return a number of bytes for a message."""
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e6:.4f} MB"
