@@ -241,7 +241,7 @@ def _hide_logs() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_shown)  # the same filter is added once only
     usual = sys.unraisablehook
-    if usual.__name__ != "skip_late_answers":
+    if getattr(usual, "__name__", "") != "skip_late_answers":
 
         def skip_late_answers(unraisable: Any) -> None:
             # After a failure TensorStore answers requests of which Orbax has closed the loop.
