@@ -1,6 +1,7 @@
 """Errors that a user can mend. Everything else that is raised is a bug and shows a traceback."""
 
 import errno
+import re
 
 # Conditions of the machine: a full or read-only disk, a quota, missing rights, a broken device.
 MACHINE_ERRNOS = frozenset(
@@ -10,6 +11,7 @@ MACHINE_ERRNOS = frozenset(
         errno.EROFS,
         errno.EACCES,
         errno.EPERM,
+        errno.EFBIG,
         errno.EIO,
         errno.EMFILE,
         errno.ENAMETOOLONG,
@@ -33,6 +35,10 @@ class ExistingFileError(UserError, FileExistsError):
     """A file that the user did not ask to overwrite is in the way."""
 
 
+class DamagedError(UserError, RuntimeError):
+    """Something that was written whole has changed since, or cannot be read."""
+
+
 class MissingProcessError(UserError, TimeoutError):
     """Other processes of the job did not come to the same place in time."""
 
@@ -43,4 +49,18 @@ class NotLearningError(UserError, RuntimeError):
 
 def is_machine_error(error: BaseException) -> bool:
     """Tell whether the operating system refused something for a reason outside the program."""
-    return isinstance(error, OSError) and error.errno in MACHINE_ERRNOS
+    return machine_errno(error) is not None
+
+
+def machine_errno(error: BaseException) -> int | None:
+    """Return the number of the operating system's refusal, or None if the error is no such thing.
+
+    TensorStore, by which checkpoints are written, has the number in its message only.
+    """
+    if isinstance(error, OSError):
+        number = error.errno
+    elif found := re.search(r"os_error_code='(\d+)'|\[OS error (\d+)", str(error)):
+        number = int(found[1] or found[2])
+    else:
+        return None
+    return number if number in MACHINE_ERRNOS else None

@@ -12,15 +12,16 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tav_jax.errors import UserError
+from tav_jax.errors import UserError, machine_errno
 from tav_jax.reading import MOST_RECORD_BYTES, parse_json, read_text
 
 POLL = 0.2  # seconds between two attempts to get a claim
@@ -30,16 +31,94 @@ POLL = 0.2  # seconds between two attempts to get a claim
 def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to, and rename it to `path` if the block succeeds.
 
-    So no reader ever sees half a file. If several processes write at once, the last one wins.
+    So no reader ever sees half a file, not even after a power cut. If several processes write at
+    once, the last one wins.
+
+    Raises:
+        UserError: The disk is full or refuses to be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stem, suffix = _partial_stem(path), path.suffix.lower()  # encoders look at the suffix
-    partial = path.with_name(f"{stem}{secrets.token_hex(4)}{suffix}")
+    with explain_refusal(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stem, suffix = _partial_stem(path), path.suffix.lower()  # encoders look at the suffix
+        partial = path.with_name(f"{stem}{secrets.token_hex(4)}{suffix}")
+        try:
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
+            sync(path.parent)
+        finally:
+            with suppress(OSError):  # the error that led here says more
+                partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield partial
-        os.replace(partial, path)
+        os.fsync(descriptor)
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def explain_refusal(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Say in one line why the operating system does not let `path` be written in the block.
+
+    Args:
+        path: What is written.
+        needed: Bytes that it needs, if that is known.
+
+    Raises:
+        UserError: The disk is full or cannot be written to.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = machine_errno(error)
+        named = error.filename if isinstance(error, OSError) else None
+        if number is None or (named and Path(str(named)).parent != path.parent):
+            raise  # no refusal, or that of another file, which the error names
+        if number != errno.ENOSPC:
+            raise UserError(
+                f"{path}: cannot be written: {os.strerror(number)}; "
+                "once that is mended the same command goes on"
+            ) from error
+        needs = f"it needs {megabytes(needed)}, " if needed else ""
+        raise UserError(
+            f"{path}: no space left on the disk: {needs}{megabytes(_free_bytes(path))} are free; "
+            "once there is space the same command goes on"
+        ) from error
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raise the operating system's error of a full disk if there is less space than `needed`."""
+    # Some network file systems do not know their free space, and say 0.
+    if 0 < _free_bytes(path) < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def megabytes(size: float) -> str:
+    """Return a number of bytes for a message."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e6:.4f} MB"
+
+
+def _free_bytes(path: Path) -> int:
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(nearest).free
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a damaged file or folder, so that it can be written again; return the new path."""
+    numbers = ("", *(f"-{number}" for number in range(2, 10_000)))
+    aside = next(
+        place
+        for number in numbers
+        if not (place := path.with_name(f"{path.name}.damaged{number}")).exists()
+    )
+    path.rename(aside)
+    return aside
 
 
 def keep_json_lines(
@@ -73,7 +152,7 @@ def keep_json_lines(
                 values.append(value)
     if damaged:
         aside = path.with_name(f"{path.name}.damaged")
-        with aside.open("a", encoding="utf-8") as file:
+        with explain_refusal(aside), aside.open("a", encoding="utf-8") as file:
             file.writelines(damaged)
         warnings.warn(
             f"{path}: {len(damaged)} damaged lines were moved to {aside.name}", stacklevel=2

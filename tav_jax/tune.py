@@ -18,6 +18,7 @@ from tav_jax.runs.render import render
 from tav_jax.runs.run import Run
 from tav_jax.runs.samples import Sample, default_sample, is_done
 from tav_jax.runs.tuning import Programs, Tuning, fit, is_validated, prepare
+from tav_jax.training.checkpoints import remove_unfinished
 
 
 def tune(config: TuneConfig, programs: Programs | None = None) -> None:
@@ -42,7 +43,9 @@ def tune_alone(run: Run, programs: Programs) -> None:
         if owes_samples(tuning):
             missing_samples(run, tuning.start)  # refuses before anything is recorded
         run.record_config()
-        finish(tuning)
+        remove_unfinished(run.checkpoints)
+        with run.kept():
+            finish(tuning)
 
 
 def owes_samples(tuning: Tuning) -> bool:

@@ -32,6 +32,7 @@ QUICK = {
     "unit/test_config.py",
     "unit/test_console.py",
     "unit/test_cuda_lowering.py",
+    "unit/test_digests.py",
     "unit/test_documents.py",
     "unit/test_figures_to_markdown.py",
     "unit/test_files.py",

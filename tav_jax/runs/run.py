@@ -2,9 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from tav_jax.errors import MissingFileError, UserError
-from tav_jax.files import atomic_write, first_unwritable_parent
+from tav_jax.console import say
+from tav_jax.errors import DamagedError, MissingFileError, UserError
+from tav_jax.files import atomic_write, first_unwritable_parent, move_aside
 from tav_jax.models.compute import PRECISION_DTYPES
+from tav_jax.models.vae import VAEConfig
 from tav_jax.parallel.processes import broadcast_from_main, is_main_process
 from tav_jax.parallel.sharding import gather_to_host, make_mesh, shard
 from tav_jax.pipeline import encode_frames, invert_latents, posterior_mean_latents
@@ -39,9 +41,15 @@ from tav_jax.runs.inputs import (
     read_inputs,
     write_inputs,
 )
+from tav_jax.runs.inversions import read_inversion, write_inversion
 from tav_jax.runs.lock import is_empty
 from tav_jax.runs.record import read_record
-from tav_jax.training.checkpoints import latest_step, restore_trained
+from tav_jax.training.checkpoints import (
+    checkpoint_damage,
+    latest_step,
+    restore_trained,
+    saved_steps,
+)
 from tav_jax.training.optimizer import label_params, select
 from tav_jax.types import Latents, Moments
 from tav_jax.video.read import Clip, read_clip
@@ -158,27 +166,72 @@ class Run:
         """
         return read_inputs(self.inputs_file)
 
+    def require_folder(self) -> None:
+        """Raise `MissingFileError` if the folder was removed since `record_config`."""
+        if not self.config_file.is_file():
+            raise MissingFileError(
+                f"{self.config_file} is gone: the run's folder was removed, moved or emptied "
+                "while the run was going on; what was made since is lost"
+            )
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Raise `MissingFileError` if the folder is removed during the block."""
+        try:
+            yield
+        except Exception as error:
+            # Whatever failed because of it.
+            if not isinstance(error, UserError):
+                self.require_folder()
+            raise
+        self.require_folder()
+
     def latest_step(self) -> int | None:
         """Return the newest checkpoint's step, or None."""
         return latest_step(self.checkpoints)
 
     def find_step(self, step: int | None = None) -> int:
-        """Return the step of a checkpoint, by default the newest.
+        """Return the step of a checkpoint to sample from, by default the newest that is whole.
+
+        Damaged ones that are newer are named in a line each.
 
         Raises:
             MissingFileError: there is no such checkpoint.
+            DamagedError: the checkpoint is damaged, or all are.
         """
-        latest = self.latest_step()
-        if latest is None:
+        steps = saved_steps(self.checkpoints)
+        if not steps:
             raise MissingFileError(
                 f"--run: {self.folder} has no checkpoint yet; run tav_jax.tune first"
             )
-        step = latest if step is None else step
-        if not self.checkpoint(step).is_dir():
+        if step is not None and step not in steps:
             raise MissingFileError(
-                f"--step: {self.folder} has no checkpoint {step}; the newest is {latest}"
+                f"--step: {self.folder} has no checkpoint {step}; the newest is {steps[0]}"
             )
-        return step
+        damaged: dict[int, str] = {}
+        for one in steps if step is None else [step]:
+            damage = checkpoint_damage(self.checkpoint(one), ["trained"])
+            if damage is None:
+                for newer, why in damaged.items():
+                    say(f"{self.checkpoint(newer)} is damaged ({why}); sampling from {one}")
+                return one
+            damaged[one] = damage
+        if step is not None:
+            others = f"; there are {', '.join(map(str, steps))}" if len(steps) > 1 else ""
+            raise DamagedError(f"--step: {self.checkpoint(step)} is damaged: {damage}{others}")
+        raise self.all_damaged(damaged)
+
+    def all_damaged(self, damaged: Mapping[int, str]) -> DamagedError:
+        """Return the error of a run of which no checkpoint is whole.
+
+        Args:
+            damaged: What is wrong with each, by its step.
+        """
+        listed = "; ".join(f"{step} ({why})" for step, why in damaged.items())
+        return DamagedError(
+            f"{self.checkpoints}: every checkpoint is damaged: {listed}; put back copies of them, "
+            "or tune again with another output_dir"
+        )
 
     def mesh(self) -> Mesh:
         """Return the mesh of the run. It divides the frames of its clip and of its samples."""
@@ -343,15 +396,39 @@ class Run:
         alone: Callable[[Path], AbstractContextManager[Any]],
     ) -> Latents:
         file = self.inverted_file(step)
-        if not broadcast_from_main([file.is_file()])[0]:
+        noise, _ = self._read_inversion(model, file)
+        if noise is None:
             with alone(file):
                 # Another job may have made it in the meantime.
-                if not broadcast_from_main([file.is_file()])[0]:
+                noise, damage = self._read_inversion(model, file)
+                if noise is None:
+                    if damage and is_main_process():
+                        say(f"{damage}; it is moved to {move_aside(file).name}; inverting again")
                     noise = np.asarray(
                         gather_to_host(self._invert(model, num_inv_steps)), np.float32
                     )
                     if is_main_process():
-                        with atomic_write(file) as path, path.open("wb") as opened:
-                            np.save(opened, noise)
-                    return jnp.asarray(noise)
-        return jnp.asarray(np.load(file))
+                        write_inversion(file, noise)
+        return jnp.asarray(noise)
+
+    def _read_inversion(self, model: Model, file: Path) -> tuple[np.ndarray | None, str | None]:
+        """Return the kept inversion, or None with what is wrong; all processes have it, or none."""
+        noise = damage = None
+        try:
+            noise, _ = read_inversion(file) if file.exists() else (None, False)
+            expected = inverted_shape(self.config, model.vae.config)
+            if noise is not None and noise.shape != expected:
+                raise DamagedError(f"{file}: it has the shape {noise.shape}, not {expected}")
+        except DamagedError as error:
+            noise, damage = None, str(error)
+        is_whole = broadcast_from_main([noise is not None])[0]
+        if is_whole and noise is None:
+            raise DamagedError(damage or f"{file}: not found, though the main process has read it")
+        return (noise, None) if is_whole else (None, damage)
+
+
+def inverted_shape(config: TuneConfig, vae: VAEConfig) -> tuple[int, ...]:
+    """Return the shape of a run's inverted clip."""
+    data, factor = config.train_data, vae.downsampling
+    grid = data.height // factor, data.width // factor
+    return (1, data.n_sample_frames, *grid, vae.latent_channels)

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import optax
 
 from tav_jax.console import raise_if_interrupted, say
-from tav_jax.errors import UserError
+from tav_jax.errors import DamagedError, UserError
+from tav_jax.files import explain_refusal, move_aside
 from tav_jax.models.compute import GradientCheckpointing
-from tav_jax.parallel.processes import is_main_process
+from tav_jax.parallel.processes import broadcast_number_from_main, is_main_process
 from tav_jax.parallel.sharding import gather_to_host, shard
 from tav_jax.pipeline import compile_train_step, encode_prompts
 from tav_jax.pretrained.model import Model, tokenize
@@ -25,7 +26,7 @@ from tav_jax.progress import progress_bar
 from tav_jax.runs.config import TuneConfig, ValidationData
 from tav_jax.runs.metrics_log import Stages, keep_metrics, log, log_stages
 from tav_jax.runs.run import Run
-from tav_jax.training.checkpoints import restore_state, save_checkpoint
+from tav_jax.training.checkpoints import restore_state, save_checkpoint, saved_steps
 from tav_jax.training.memory import (
     Alternative,
     DoesNotFitError,
@@ -206,6 +207,7 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
     unseen: list[dict] = []
     unseen_at_most, began = 1, time.perf_counter()
     with (
+        explain_refusal(run.metrics),
         metrics_path.open("a", buffering=1, encoding="utf-8") as metrics_file,
         progress_bar("tuning", total=end, initial=start) as bar,
     ):
@@ -220,6 +222,7 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
             raise_if_interrupted()
             stages.add("tune", time.perf_counter() - began)
             seconds = (time.perf_counter() - began) / len(unseen)
+            run.require_folder()
             log(metrics_file, unseen, seconds)
             bar.update(len(unseen))
             unseen, unseen_at_most = [], max(1, min(MOST_STEPS_UNSEEN, int(1 / seconds)))
@@ -307,14 +310,34 @@ def draws_per_update(config: TuneConfig) -> int:
 
 
 def resume(tuning: Tuning) -> TrainState:
-    """Return the state of the newest checkpoint, of another run's, or the new one."""
-    run = tuning.run
-    own = run.latest_step()
-    if own is not None:
-        path = run.checkpoint(own)
-    elif run.config.resume_from_checkpoint is not None:
-        path = Path(run.config.resume_from_checkpoint)
-    else:
+    """Return the state of the newest whole checkpoint, of another run's, or the new one.
+
+    Damaged checkpoints that are newer are moved aside, since their steps will be saved again.
+
+    Raises:
+        DamagedError: All checkpoints are damaged.
+    """
+    run, names = tuning.run, tuning.trained_names
+    damaged: dict[int, str] = {}
+    for step in saved_steps(run.checkpoints):
+        path = run.checkpoint(step)
+        try:
+            state = restore_state(path, tuning.state, names)
+        except DamagedError as error:
+            damaged[step] = str(error).removeprefix(f"{path}: ")
+            continue
+        # Also waits until no process reads the damaged ones.
+        if broadcast_number_from_main(step) != step:
+            raise DamagedError(f"{run.checkpoints}: not all processes can read the same checkpoint")
+        for newer, why in damaged.items() if is_main_process() else ():
+            path = run.checkpoint(newer)
+            say(f"{path} is damaged ({why}); it is moved to {move_aside(path).name}")
+        say(f"going on from {run.checkpoint(step)}")
+        return state
+    if damaged:
+        raise run.all_damaged(damaged)
+    if run.config.resume_from_checkpoint is None:
         return tuning.state
-    say(f"going on from {path}")
-    return restore_state(path, tuning.state, tuning.trained_names)
+    other = Path(run.config.resume_from_checkpoint)
+    say(f"going on from {other}")
+    return restore_state(other, tuning.state, names)

@@ -2,13 +2,17 @@
 
 A checkpoint `checkpoints/<step>/` has two items. `trained` has the trained parameters, which
 sampling needs. `progress` has the optimiser's state, the step and the key, which only resuming
-needs. Frozen parameters are in neither. Orbax writes to a temporary name and renames it, so a
-checkpoint is either complete or absent.
+needs. Frozen parameters are in neither. `digests.json` has the SHA-256 digest of every file, which
+is checked when an item is restored. All is written in a folder of another name, which is renamed
+when it is complete and on the disk, so a checkpoint is either whole or absent.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,21 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from tav_jax.errors import UserError
+from tav_jax.digests import folder_damage, has_digests, write_folder_digests
+from tav_jax.errors import DamagedError, UserError
+from tav_jax.files import explain_refusal, require_space, sync
+from tav_jax.parallel.processes import (
+    broadcast_from_main,
+    broadcast_number_from_main,
+    is_main_process,
+)
+from tav_jax.text import shorten
 from tav_jax.training.train_step import TrainState
 from tav_jax.types import Params
 
+ITEMS = ("trained", "progress")
+UNFINISHED = ".unfinished-"  # and a random number: a checkpoint that is being written
+METADATA_BYTES = 600_000  # that Orbax writes beside the arrays; measured: 0.5 MB for 800 names
 MISFIT = "not a checkpoint of this network and optimiser"
 
 
@@ -31,19 +46,83 @@ def save_checkpoint(folder: Path, state: TrainState, trained_names: Iterable[str
 
 
 def save_items(folder: Path, step: int, **items: Any) -> None:
-    """Write `folder/<step>` with a pytree of arrays under each name, unless it is there."""
-    with _manager(folder) as manager:
-        if step not in manager.all_steps():
-            saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-            manager.save(step, args=ocp.args.Composite(**saves))
+    """Write `folder/<step>` with a pytree of arrays under each name, unless it is there.
+
+    In a job of several processes all must call this.
+
+    Raises:
+        UserError: The disk is full or refuses to be written; earlier checkpoints stay as they are.
+    """
+    if broadcast_from_main([step in saved_steps(folder)])[0]:
+        return
+    # A name of its own, so that no other job's half-written checkpoint is ever in the way.
+    number = broadcast_number_from_main(secrets.randbelow(2**31))
+    unfinished = folder / f"{UNFINISHED}{number:08x}"
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + METADATA_BYTES
+    with explain_refusal(folder / str(step), needed):
+        try:
+            # Before Orbax starts some hundred writes, of which each would fail.
+            require_space(folder, needed)
+            with _manager(unfinished) as manager:
+                saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+                manager.save(step, args=ocp.args.Composite(**saves))
+            if is_main_process():
+                write_folder_digests(unfinished / str(step))
+                (unfinished / str(step)).rename(folder / str(step))
+                sync(folder)
+        finally:
+            if is_main_process():
+                shutil.rmtree(unfinished, ignore_errors=True)
+    broadcast_from_main([True])  # nobody restores it before it has its name
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps that have a checkpoint, the newest first. It may be damaged."""
+    if not folder.is_dir():
+        return []
+    names = [path.name for path in folder.iterdir() if path.is_dir()]
+    return sorted((int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name)), reverse=True)
 
 
 def latest_step(folder: Path) -> int | None:
     """Return the newest step that has a complete checkpoint, or None."""
-    if not folder.is_dir():
-        return None
-    with _manager(folder) as manager:
-        return manager.latest_step()
+    return next(iter(saved_steps(folder)), None)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes have left of checkpoints. Nobody else may be writing one."""
+    if is_main_process() and folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.startswith(UNFINISHED) or ".orbax-checkpoint-tmp" in path.name:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoint_damage(path: Path, items: Sequence[str] = ITEMS) -> str | None:
+    """Return what is wrong with the items of a checkpoint, or None if nothing is.
+
+    Files are compared with their digests. Without digests, the items are read.
+    """
+    for item in items:
+        if not (path / item).is_dir():
+            return f"it has no {item}"
+        damage = folder_damage(path, item) if has_digests(path) else _why_unreadable(path / item)
+        if damage:
+            return damage
+    return None
+
+
+def _why_unreadable(item: Path) -> str | None:
+    """Read an item as arrays in host memory, and return why that fails, or None."""
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(item.absolute()).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            checkpointer.restore(item.absolute(), restore_args=as_numpy)
+    except MemoryError:
+        raise
+    except Exception as error:  # of any kind, as the damage has it
+        return f"{item.name} cannot be read ({shorten(str(error), 100)})"
+    return None
 
 
 def restore_state(path: Path, state: TrainState, trained_names: Iterable[str]) -> TrainState:
@@ -57,6 +136,7 @@ def restore_state(path: Path, state: TrainState, trained_names: Iterable[str]) -
 
     Raises:
         UserError: The folder has no checkpoint, or one of another network or optimiser.
+        DamagedError: The checkpoint is not as it was written.
     """
     trained = restore_trained(path, {name: state.unet.params[name] for name in trained_names})
     progress = restore_item(path, "progress", _progress(state))
@@ -77,11 +157,12 @@ def restore_trained(path: Path, like: Params) -> Params:
 
     Raises:
         UserError: The folder has no checkpoint, or one of another network.
+        DamagedError: The checkpoint is not as it was written.
     """
-    differing = _differences(path / "trained", like) if (path / "trained").is_dir() else []
-    if differing:
+    _require_whole(path, "trained")
+    if differing := _differences(path / "trained", like):
         raise UserError(f"{path}: {MISFIT}:\n" + "\n".join(f"  {line}" for line in differing))
-    return restore_item(path, "trained", like)
+    return _restore(path, "trained", like)
 
 
 def _progress(state: TrainState) -> dict[str, Any]:
@@ -93,16 +174,36 @@ def _progress(state: TrainState) -> dict[str, Any]:
 
 
 def restore_item(path: Path, item: str, like: Any) -> Any:
-    """Return one pytree of a checkpoint folder, of the structure, shapes and types of `like`."""
+    """Return one pytree of a checkpoint folder, of the structure, shapes and types of `like`.
+
+    Errors are those of `restore_state`.
+    """
+    _require_whole(path, item)
+    return _restore(path, item, like)
+
+
+def _require_whole(path: Path, item: str) -> None:
     if not (path / item).is_dir():
+        if path.name.isdecimal() and path.is_dir():
+            raise DamagedError(f"{path}: it has no {item}")
         raise UserError(f"{path}: no checkpoint of ours; expected a folder checkpoints/<step>")
+    if has_digests(path) and (damage := folder_damage(path, item)):
+        raise DamagedError(f"{path}: {damage}")
+
+
+def _restore(path: Path, item: str, like: Any) -> Any:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
         with _manager(path.parent) as manager:
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
             restored = manager.restore(int(path.name), args=args)[item]
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise UserError(f"{path}: {MISFIT}: {' '.join(str(error).split())[:300]}") from None
+    except Exception as error:
+        # With digests it is whole. Else what cannot be read at all is damaged.
+        if not has_digests(path) and (damage := _why_unreadable(path / item)):
+            raise DamagedError(f"{path}: {damage}") from None
+        if not isinstance(error, ValueError | KeyError | FileNotFoundError):
+            raise
+        raise UserError(f"{path}: {MISFIT}: {shorten(str(error))}") from None
 
     def own(leaf: jax.Array) -> jax.Array:
         # Copied, because Orbax's buffers may be shared and the train step donates its state. On one
@@ -114,13 +215,14 @@ def restore_item(path: Path, item: str, like: Any) -> Any:
 
 def _differences(item: Path, like: Params) -> list[str]:
     """Return which parameters on disk have other names or shapes than those expected."""
-    with _without_metadata_warning(), ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(item.absolute()).item_metadata
-    if metadata is None:  # damaged, as restoring will say
-        return []
-    there, here = (
-        {name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in (metadata.tree, like)
-    )
+    _hide_logs()
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(item.absolute()).item_metadata
+        there = {name: tuple(leaf.shape) for name, leaf in metadata.tree.items()}
+    except (AttributeError, LookupError, TypeError, ValueError, OSError):
+        return []  # damaged, as restoring will say
+    here = {name: tuple(leaf.shape) for name, leaf in like.items()}
     return [
         f"{name}: {there.get(name, 'nothing')} there, {here.get(name, 'nothing')} here"
         for name in sorted(there.keys() | here.keys())
@@ -128,21 +230,31 @@ def _differences(item: Path, like: Params) -> list[str]:
     ]
 
 
-@contextmanager
-def _without_metadata_warning() -> Iterator[None]:
-    """Hide Orbax's warning that an item has no checkpoint metadata: it is in the parent folder."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "Metadata file" not in record.getMessage()
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
-
-
 def _manager(folder: Path) -> ocp.CheckpointManager:
+    _hide_logs()
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def _hide_logs() -> None:
+    """Hide what Orbax logs beside the errors that it raises, also from its threads and later."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_shown)  # the same filter is added once only
+    usual = sys.unraisablehook
+    if getattr(usual, "__name__", "") != "skip_late_answers":
+
+        def skip_late_answers(unraisable: Any) -> None:
+            # After a failure TensorStore answers requests of which Orbax has closed the loop.
+            if str(unraisable.exc_value) != "Event loop is closed":
+                usual(unraisable)
+
+        sys.unraisablehook = skip_late_answers
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    hidden = (
+        "Metadata file",  # an item has no checkpoint metadata: it is in the parent folder
+        "run() raised an exception",  # which the call raises, too
+        "exception was never retrieved",  # those after the first
+    )
+    return not any(text in record.getMessage() for text in hidden)

@@ -15,9 +15,10 @@ import optax
 from jaxtyping import Int
 
 from tav_jax.errors import NotLearningError
+from tav_jax.files import explain_refusal
 from tav_jax.progress import progress_bar
 from tav_jax.runs.metrics_log import keep_metrics
-from tav_jax.training.checkpoints import latest_step, restore_item, save_items
+from tav_jax.training.checkpoints import latest_step, remove_unfinished, restore_item, save_items
 from tav_jax.types import Params, PRNGKey, Scalar
 
 Batch = tuple[Any, ...]
@@ -159,7 +160,9 @@ def train(
     keep_metrics(metrics, start)
     began = time.perf_counter()
     losses = []
+    remove_unfinished(stage.checkpoints)
     with (
+        explain_refusal(metrics),
         metrics.open("a", buffering=1, encoding="utf-8") as log,
         progress_bar(name, total=stage.steps, initial=start) as bar,
     ):

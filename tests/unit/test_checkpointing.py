@@ -7,6 +7,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from tav_jax.errors import DamagedError
 from tav_jax.models.network import Network
 from tav_jax.models.unet import UNet3DConditionModel
 from tav_jax.training.checkpoints import (
@@ -271,6 +272,11 @@ def test_a_damaged_checkpoint_is_refused(saved, tmp_path):
     for path in (tmp_path / "5" / "trained").rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match="not a checkpoint of this network") as said:
+    with pytest.raises(DamagedError, match=" bytes instead of ") as said:
+        restore_state(tmp_path / "5", make_state(), NAMES)
+    assert len(str(said.value).splitlines()) == 1
+    # One that an earlier version wrote has no digests.
+    (tmp_path / "5" / "digests.json").unlink()
+    with pytest.raises(DamagedError, match="trained cannot be read") as said:
         restore_state(tmp_path / "5", make_state(), NAMES)
     assert len(str(said.value).splitlines()) == 1

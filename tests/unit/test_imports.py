@@ -10,6 +10,7 @@ FLOORS = (
     {"types", "errors", "text"},
     {"reading", "progress"},
     {"files", "settings"},
+    {"digests"},
     {"models", "diffusion", "video"},
     {"parallel", "pretrained"},
     {"training"},
@@ -17,7 +18,7 @@ FLOORS = (
     {"pipeline"},
     {"console"},
     {"runs", "evaluation"},
-    {"worlds", "bench", "tune", "sample", "batch"},
+    {"worlds", "bench", "tune", "sample", "batch", "check"},
     {"scenes"},  # the former names of the commands in worlds
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
