@@ -17,6 +17,7 @@ from tav_jax.runs.render import render
 from tav_jax.runs.run import Run
 from tav_jax.runs.samples import default_sample, is_done
 from tav_jax.runs.tuning import Programs, Tuning, fit, is_validated, prepare
+from tav_jax.stopping import advise, start_job
 
 
 def tune(config: TuneConfig, programs: Programs | None = None) -> None:
@@ -33,6 +34,7 @@ def tune(config: TuneConfig, programs: Programs | None = None) -> None:
     with on_mesh(mesh):
         tuning = prepare(run, {} if programs is None else programs)
         run.record_config()
+        run.remove_partials()
         start, end = tuning.start, tuning.end
         if start and is_validated(run.config, start):
             # A run that was stopped between a checkpoint and its samples still owes them.
@@ -102,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the file's values")
     args = parser.parse_args(argv)
-    distributed.start()
+    start_job()
+    advise("the same command goes on")
     if args.clips:
         configs, notes = load_clips(args.config, args.clips, args.overrides)
     else:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from tav_jax.errors import MissingFileError, UserError
-from tav_jax.files import atomic_write, first_unwritable_parent
+from tav_jax.files import atomic_write, first_unwritable_parent, remove_partials
 from tav_jax.models.compute import PRECISION_DTYPES
 from tav_jax.parallel.processes import broadcast_from_main, is_main_process
 from tav_jax.parallel.sharding import gather_to_host, make_mesh, shard
@@ -106,6 +106,18 @@ class Run:
             raise MissingFileError(f"--run: {folder} is not a run of tav_jax.tune: no config.yaml")
         config, _ = load_config(run_config)
         return cls(folder, config)
+
+    def remove_partials(self, samples: Path | None = None) -> None:
+        """Remove what killed processes have left half-written in the run's folder.
+
+        Args:
+            samples: A folder of samples; by default all of the run's own.
+        """
+        if is_main_process():
+            own = () if samples else (self.folder / "samples").glob("sample-*")
+            for folder in (self.folder, self.inverted_file(0).parent, samples, *own):
+                if folder:
+                    remove_partials(folder)
 
     def record_config(self) -> None:
         """Create the run's folder with its complete settings."""
