@@ -31,7 +31,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 SECONDS_OF_ONE_REQUEST = 1.0
 SECONDS_TO_FLUSH = 1.0
 SECONDS_BETWEEN_LOOKS = 0.5  # whether another process of the job was asked to stop
-SECONDS_FOR_OTHERS = 5.0  # that a process waits for the others, so that all end by themselves
+SECONDS_FOR_OTHERS = 10.0  # that a process waits for the others, so that all end by themselves
 
 Finish = Callable[[], str]
 
