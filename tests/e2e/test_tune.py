@@ -229,7 +229,7 @@ def test_the_recorded_config_repeats_the_run_elsewhere(finished_run, cli, tmp_pa
 # Runs that are stopped.
 
 
-def wait_for(condition, process, *, seconds=120):
+def wait_for(condition, process, *, seconds=600):
     """Waits until a condition holds of a process at work."""
     deadline = time.monotonic() + seconds
     while not condition():
