@@ -13,10 +13,17 @@ tuning state is one pytree (`TrainState`), and only `tav_jax.pipeline` jits anyt
 Names are imported at their first use, so that `import tav_jax` is quick.
 """
 
+import signal
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # This is `python -m tav_jax.tune` or another command. Ctrl-C during its imports, which take
+    # seconds, ends it without a traceback. `tav_jax.stopping` takes over afterwards.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if TYPE_CHECKING:
     # For editors and type checkers, which do not follow `__getattr__`.

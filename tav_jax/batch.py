@@ -13,6 +13,7 @@ from tav_jax.runs.batch_processes import devices_here, run_workers, worker_envir
 from tav_jax.runs.batch_work import missing_samples, read_manifest, work, write_manifest
 from tav_jax.runs.render import warn_unused_seeds
 from tav_jax.settings import BatchSize, PathText, check_options
+from tav_jax.stopping import advise
 
 PLAN_FORMAT = """\
 A plan in YAML asks for every prompt and seed of every run:
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the batch command with these arguments, by default the process's own."""
     args = _parser().parse_args(argv)
+    advise("the same command makes the rest")
     check_options(
         ("--batch-size", BatchSize, args.batch_size),
         ("--workers", BatchSize, args.workers),
@@ -72,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if place := first_unwritable_parent(manifest.absolute().parent):
         raise UserError(f"--manifest: {place} is not writable; name another file")
     read_manifest(manifest)
+    for job in jobs:
+        job.run.remove_partials(job.folder)
 
     total, wanted = sum(len(job.samples) for job in jobs), sum(len(job.wanted) for job in jobs)
     failed, written = [], 0

@@ -6,7 +6,6 @@ import io
 import os
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from tav_jax.errors import UserError, is_machine_error
 from tav_jax.parallel import processes as distributed
+from tav_jax.stopping import Stopped, print_stopped, stop_on_signals
 from tav_jax.text import printable, shorten
 
 Main = Callable[[Sequence[str] | None], None]
@@ -48,11 +48,46 @@ def _print_error(error: Exception) -> None:
     print(printable("\n".join([f"error: {where}", *problems])), file=sys.stderr)
 
 
-def _write_in_any_locale() -> None:
-    """Let characters that the terminal's encoding lacks be printed as escapes."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+class _Descriptor(io.FileIO):
+    """Standard output or error. What is written after its reader has gone is dropped."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            return len(data)
+
+
+@contextmanager
+def _standard_streams() -> Iterator[None]:
+    """Let work go on if nobody reads what it prints, in any locale, as in `| head -1`.
+
+    Characters that the terminal's encoding lacks are printed as escapes.
+    """
+    usual = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in usual.items():
+        if stream is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+            if stream is getattr(sys, f"__{name}__"):
+                stream.flush()
+                raw = _Descriptor(stream.fileno(), "w", closefd=False)
+                is_unbuffered = isinstance(stream.buffer, io.RawIOBase)
+                descriptor = io.TextIOWrapper(
+                    raw if is_unbuffered else io.BufferedWriter(raw),
+                    encoding=stream.encoding,
+                    errors="backslashreplace",
+                    line_buffering=stream.line_buffering,
+                    write_through=stream.write_through,
+                )
+                setattr(sys, name, descriptor)
+    try:
+        yield
+    finally:
+        for name, stream in usual.items():
+            getattr(sys, name).flush()
+            setattr(sys, name, stream)
 
 
 def keep_compiled_programs() -> None:
@@ -85,82 +120,40 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-_interrupted = threading.Event()
-
-
-@contextmanager
-def _noticing_interrupts() -> Iterator[None]:
-    """Remember that Ctrl-C was pressed, besides raising KeyboardInterrupt.
-
-    An interrupt that arrives within a call of JAX may come out as another exception, and one in a
-    garbage collector's callback not at all.
-    """
-    _interrupted.clear()
-    usual = signal.getsignal(signal.SIGINT)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not (in_main_thread and usual is signal.default_int_handler):
-        yield
-        return
-
-    def remember(number: int, frame: Any) -> None:
-        _interrupted.set()
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, remember)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-
-
-def raise_if_interrupted() -> None:
-    """Raise KeyboardInterrupt if Ctrl-C was pressed and the exception got lost.
-
-    Long loops call this between steps.
-    """
-    if _interrupted.is_set():
-        raise KeyboardInterrupt
-
-
-def _end_interrupted() -> int:
-    print("interrupted", file=sys.stderr)
-    return 130
-
-
 def command(main: Main) -> Callable[..., int]:
     """Return a command's main function with an exit status.
 
     0: done. 1: a mistake that the user can mend, printed as one line (TAV_JAX_TRACEBACK=1 shows
-    the traceback). 130: interrupted by Ctrl-C. Any other exception is a bug and shows its
-    traceback. In a job of several processes an error of one ends the others too.
+    the traceback). 129, 130, 143: stopped by SIGHUP, Ctrl-C or SIGTERM, see `tav_jax.stopping`. Any
+    other exception is a bug and shows its traceback. In a job of several processes an error of one
+    ends the others too.
     """
 
     def run(argv: Sequence[str] | None) -> int:
         keep_compiled_programs()
-        _write_in_any_locale()
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = _show_warning
             try:
-                with _noticing_interrupts():
+                with stop_on_signals():
                     main(argv)
-                    raise_if_interrupted()
+            except Stopped as stopped:
+                print_stopped(stopped.number, str(stopped))
+                return 128 + stopped.number
             except KeyboardInterrupt:
-                pass
+                print("interrupted", file=sys.stderr)
+                return 128 + signal.SIGINT
             except Exception as error:
-                if _interrupted.is_set():  # the interrupt came out as another exception
-                    return _end_interrupted()
                 expected = isinstance(error, UserError) or is_machine_error(error)
                 if not expected or os.environ.get("TAV_JAX_TRACEBACK"):
                     raise
                 _print_error(error)
                 return 1
-            else:
-                return 0
-            return _end_interrupted()
+            return 0
 
     @functools.wraps(main)
     def run_together(argv: Sequence[str] | None = None) -> int:
-        return distributed.exit_together(lambda: run(argv))
+        with _standard_streams():
+            return distributed.exit_together(lambda: run(argv))
 
     return run_together

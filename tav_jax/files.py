@@ -9,6 +9,7 @@ until that file is removed.
 """
 
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
@@ -25,6 +26,7 @@ from tav_jax.errors import UserError, machine_errno
 from tav_jax.reading import MOST_RECORD_BYTES, parse_json, read_text
 
 POLL = 0.2  # seconds between two attempts to get a claim
+PARTIALS = f".partial-{'[0-9a-f]' * 16}-{'[0-9a-f]' * 8}*"
 
 
 @contextmanager
@@ -39,8 +41,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     with explain_refusal(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        stem, suffix = _partial_stem(path), path.suffix.lower()  # encoders look at the suffix
-        partial = path.with_name(f"{stem}{secrets.token_hex(4)}{suffix}")
+        partial, descriptor = _locked_partial(path)
+        _own_partials.add(partial)
         try:
             yield partial
             sync(partial)
@@ -49,6 +51,61 @@ def atomic_write(path: Path) -> Iterator[Path]:
         finally:
             with suppress(OSError):  # the error that led here says more
                 partial.unlink(missing_ok=True)
+            _own_partials.discard(partial)
+            os.close(descriptor)
+
+
+_own_partials: set[Path] = set()  # that this process is writing
+
+
+def _locked_partial(path: Path) -> tuple[Path, int]:
+    """Create a temporary file beside `path`; return it with a descriptor that has it locked.
+
+    The lock ends with this process and tells `remove_partials` that the file is being written.
+    """
+    # A digest, because nothing can be added to a name of the file system's full length.
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    suffix = path.suffix.lower()  # encoders look at it
+    while True:
+        partial = path.with_name(f".partial-{name}-{secrets.token_hex(4)}{suffix}")
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        if _lock(descriptor) is not False and partial.exists():
+            return partial, descriptor
+        os.close(descriptor)  # another process took it for a dead one's before it was locked
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Lock an open file. Return whether nobody else has; None where there are no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove the temporary files in a folder whose writers were killed, on whatever host.
+
+    Where the file system has no locks, nothing is removed.
+    """
+    for partial in folder.glob(PARTIALS):
+        try:
+            descriptor = os.open(partial, os.O_RDWR)
+        except OSError:  # it is finished by now, or not ours to remove
+            continue
+        try:
+            if _lock(descriptor):
+                partial.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
+def remove_own_partials() -> None:
+    """Remove the temporary files that this process is writing. It is about to end."""
+    for partial in tuple(_own_partials):
+        partial.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -162,17 +219,6 @@ def keep_json_lines(
     return values
 
 
-def remove_partials(path: Path) -> None:
-    """Remove temporary files of killed writers of `path`. No other process may be writing it."""
-    for partial in path.parent.glob(f"{_partial_stem(path)}*"):
-        partial.unlink(missing_ok=True)
-
-
-def _partial_stem(path: Path) -> str:
-    # A digest, because nothing can be added to a name of the file system's full length.
-    return f".partial-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
-
-
 @contextmanager
 def claim(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Keep other processes from claiming `path` during the block. Give True if that succeeded.
@@ -194,7 +240,7 @@ def claim(path: Path, *, wait: bool = True) -> Iterator[bool]:
         yield False
         return
     try:
-        remove_partials(path)
+        remove_partials(path.parent)
         yield True
     finally:
         remove_lock(path)

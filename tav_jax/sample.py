@@ -10,13 +10,13 @@ from typing import Any, get_args
 from tav_jax.console import Parser, command
 from tav_jax.diffusion.samplers import SamplerName
 from tav_jax.errors import UserError
-from tav_jax.parallel import processes as distributed
 from tav_jax.reading import read_text
 from tav_jax.runs.config import parse_mesh
 from tav_jax.runs.render import sample_run
 from tav_jax.runs.samples import Sample, check_number_of_videos, plan_samples
 from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings
 from tav_jax.settings import BatchSize, PathText, Text, WrongSettingsError, parse, wrong_option
+from tav_jax.stopping import advise, start_job
 from tav_jax.text import SURROGATE, brief
 
 
@@ -103,7 +103,8 @@ def _check(args: argparse.Namespace, given: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the sample command with these arguments, by default the process's own."""
     args = _parser().parse_args(argv)
-    distributed.start()
+    start_job()
+    advise("the same command makes the rest")
     given = {name: getattr(args, name) for name in SETTING_NAMES}
     given = {name: value for name, value in given.items() if value is not None}
     _check(args, given)

@@ -18,6 +18,7 @@ from tav_jax.runs.render import render
 from tav_jax.runs.run import Run
 from tav_jax.runs.samples import Sample, default_sample, is_done
 from tav_jax.runs.tuning import Programs, Tuning, fit, is_validated, prepare
+from tav_jax.stopping import advise, start_job
 from tav_jax.training.checkpoints import remove_unfinished
 
 
@@ -43,6 +44,7 @@ def tune_alone(run: Run, programs: Programs) -> None:
         if owes_samples(tuning):
             missing_samples(run, tuning.start)  # refuses before anything is recorded
         run.record_config()
+        run.remove_partials()
         remove_unfinished(run.checkpoints)
         with run.kept():
             finish(tuning)
@@ -144,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the file's values")
     args = parser.parse_args(argv)
-    distributed.start()
+    start_job()
+    advise("the same command goes on")
     if args.clips:
         configs, notes = load_clips(args.config, args.clips, args.overrides)
     else:

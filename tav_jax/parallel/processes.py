@@ -47,6 +47,8 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = EXPLICIT = (
 SHUTDOWN_SECONDS = 3600
 # All processes find a wrong setting, but not at the same moment: they wait so long for each other.
 ERROR_SECONDS = 10
+STOP = "tav_jax/stop"  # the key under which a process says that it ends by a signal
+SECONDS_MAIN_STAYS = 0.5
 
 
 class Launcher(NamedTuple):
@@ -99,7 +101,7 @@ def start() -> None:
     job = read_job(os.environ)
     if job is None:
         return
-    # That service would catch SIGTERM, and the process would not end.
+    # That service would take SIGTERM from `tav_jax.stopping`, and knows no other signal.
     jax.config.update("jax_enable_preemption_service", False)
     # With None JAX chooses: by JAX_LOCAL_DEVICE_IDS, or one GPU each. An empty list means all.
     chosen = job.one_gpu_each or "JAX_LOCAL_DEVICE_IDS" in os.environ
@@ -284,6 +286,46 @@ def broadcast_number_from_main(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.asarray(number, np.int32)))
+
+
+def largest_of_all(numbers: Sequence[int]) -> list[int]:
+    """Return the largest of each of these numbers, below 2^31, over all processes.
+
+    All processes must call this.
+    """
+    if jax.process_count() == 1:
+        return list(numbers)
+    gathered = multihost_utils.process_allgather(np.asarray(numbers, np.int32))
+    return [int(number) for number in gathered.max(axis=0)]
+
+
+def tell_others_to_stop(number: int) -> None:
+    """Let `told_to_stop` of the other processes return the number of a signal."""
+    if client := distributed_state().client:
+        client.key_value_set(STOP, str(number), allow_overwrite=True)
+
+
+def told_to_stop() -> int:
+    """Return the number of the signal by which another process ends, or 0."""
+    try:
+        return int(distributed_state().client.key_value_try_get(STOP))
+    except jax.errors.JaxRuntimeError:  # no process has said so
+        return 0
+
+
+def wait_to_stop(seconds: float) -> None:
+    """Wait until all processes are about to end, but no longer than so many seconds.
+
+    Process 0 waits a little more, because JAX ends the others with an error when it is gone.
+    """
+    if distributed_state().client is None:
+        return
+    try:
+        wait_for_all("stop", seconds)
+    except (TimeoutError, jax.errors.JaxRuntimeError):
+        return
+    if is_main_process():
+        time.sleep(SECONDS_MAIN_STAYS)
 
 
 def exit_together(run: Callable[[], int]) -> int:

@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 
 from tav_jax.console import say
 from tav_jax.errors import UserError
+from tav_jax.stopping import when_stopped
 
-# Seconds that an interrupted worker has to end. While a compiled program runs it cannot react. Then
-# it is killed, and the next worker removes its partial files.
+# Seconds that a worker has to end. Then it is killed.
 GRACE = 5
 
 
@@ -47,34 +48,40 @@ def worker_environments(workers: int, platform: str, count: int) -> list[dict[st
 def run_workers(arguments: Sequence[str], environments: Sequence[dict[str, str]]) -> list[str]:
     """Run a worker in each environment until all have ended. Return how the failed ones ended.
 
-    Ctrl-C or SIGTERM to this process ends all workers.
+    A signal that stops this process ends all workers.
     """
-    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
     workers: list[subprocess.Popen] = []
-    try:
-        for number, environment in enumerate(environments, start=1):
-            worker = subprocess.Popen(
-                [sys.executable, "-m", "tav_jax.batch", *arguments],
-                env=os.environ | environment,
-                process_group=0,  # so a terminal's Ctrl-C reaches it once, through us
-            )
-            workers.append(worker)
-            say(f"worker {number} is process {worker.pid}")
-        statuses = [worker.wait() for worker in workers]
-    except BaseException:
+    starting = threading.Lock()
+
+    def end_workers() -> str:
+        starting.acquire()  # for good: no more workers
+        for worker in workers:
+            worker.terminate()
         try:
             for worker in workers:
-                worker.send_signal(signal.SIGINT)
-            for worker in workers:
                 worker.wait(GRACE)
-        except (KeyboardInterrupt, subprocess.TimeoutExpired):
+        except subprocess.TimeoutExpired:
             for worker in workers:
                 worker.kill()
             for worker in workers:
                 worker.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, terminate)
+        return "interrupted; the same command makes the rest"
+
+    with when_stopped(end_workers):
+        try:
+            for number, environment in enumerate(environments, start=1):
+                with starting:
+                    worker = subprocess.Popen(
+                        [sys.executable, "-m", "tav_jax.batch", *arguments],
+                        env=os.environ | environment,
+                        process_group=0,  # so a terminal's Ctrl-C reaches it once, through us
+                    )
+                    workers.append(worker)
+                say(f"worker {number} is process {worker.pid}")
+            statuses = [worker.wait() for worker in workers]
+        except BaseException:
+            end_workers()
+            raise
     return [
         f"worker {number} (process {worker.pid}) "
         + (f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}")

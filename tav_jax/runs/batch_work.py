@@ -17,7 +17,7 @@ from typing import Any
 
 from tav_jax.console import say
 from tav_jax.errors import UserError
-from tav_jax.files import atomic_write, claim, remove_lock, remove_partials
+from tav_jax.files import atomic_write, claim, remove_lock
 from tav_jax.parallel.sharding import on_mesh
 from tav_jax.reading import MOST_RECORD_BYTES, parse_json, read_text, why_not_a_file
 from tav_jax.runs.metrics_log import Stages
@@ -111,7 +111,6 @@ def claim_batch(
         with ExitStack() as attempt:
             is_ours = attempt.enter_context(claim(job.video(sample), wait=wait and not batch))
             if is_ours and not job.is_done(sample):
-                remove_partials(job.record(sample))
                 batch.append(sample)
                 claims.enter_context(attempt.pop_all())
     return batch

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tav_jax.console import raise_if_interrupted, say
+from tav_jax.console import say
 from tav_jax.files import atomic_write
 from tav_jax.parallel.processes import broadcast_from_main, is_main_process
 from tav_jax.parallel.sharding import gather_to_host, on_mesh
@@ -105,7 +105,6 @@ def write_batch(
         size: Items that are sampled at once.
         alone: See `Run.inverted_latents`.
     """
-    raise_if_interrupted()
     frames, height, width = sample_size(run.config)
     step, settings = batch[0].batch_key
     filled = batch + batch[-1:] * (size - len(batch))
@@ -155,6 +154,7 @@ def _write_sample(sample: Sample, video: Frames, folder: Path, run: Run) -> Path
 def sample_run(job: Job, *, batch_size: int = 1) -> list[Path]:
     """Write the videos of a job that are missing; return their paths."""
     run = job.run
+    run.remove_partials(job.folder)
     is_wanted = broadcast_from_main([sample in job.wanted for sample in job.samples])
     if skipped := is_wanted.count(False):
         say(f"{skipped} of {len(job.samples)} videos are there already: skipped")

@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 
 from tav_jax.console import say
 from tav_jax.errors import DamagedError, MissingFileError, UserError
-from tav_jax.files import atomic_write, first_unwritable_parent, move_aside
+from tav_jax.files import atomic_write, first_unwritable_parent, move_aside, remove_partials
 from tav_jax.models.compute import PRECISION_DTYPES
 from tav_jax.models.vae import VAEConfig
 from tav_jax.parallel.processes import broadcast_from_main, is_main_process
@@ -140,6 +140,18 @@ class Run:
         if not run_config.is_file():
             raise MissingFileError(f"--run: {folder} is not a run of tav_jax.tune: no config.yaml")
         return cls(folder, read_record(run_config))
+
+    def remove_partials(self, samples: Path | None = None) -> None:
+        """Remove what killed processes have left half-written in the run's folder.
+
+        Args:
+            samples: A folder of samples; by default all of the run's own.
+        """
+        if is_main_process():
+            own = () if samples else (self.folder / "samples").glob("sample-*")
+            for folder in (self.folder, self.inverted_file(0).parent, samples, *own):
+                if folder:
+                    remove_partials(folder)
 
     def record_config(self) -> None:
         """Create the run's folder with its complete settings and the digests of what it reads."""

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tav_jax.console import raise_if_interrupted, say
+from tav_jax.console import say
 from tav_jax.errors import DamagedError, UserError
 from tav_jax.files import explain_refusal, move_aside
 from tav_jax.models.compute import GradientCheckpointing
-from tav_jax.parallel.processes import broadcast_number_from_main, is_main_process
+from tav_jax.parallel.processes import (
+    broadcast_number_from_main,
+    is_main_process,
+    largest_of_all,
+)
 from tav_jax.parallel.sharding import gather_to_host, shard
 from tav_jax.pipeline import compile_train_step, encode_prompts
 from tav_jax.pretrained.model import Model, tokenize
@@ -26,6 +31,7 @@ from tav_jax.progress import progress_bar
 from tav_jax.runs.config import TuneConfig, ValidationData
 from tav_jax.runs.metrics_log import Stages, keep_metrics, log, log_stages
 from tav_jax.runs.run import Run
+from tav_jax.stopping import Stopped, received, when_stopped
 from tav_jax.training.checkpoints import restore_state, save_checkpoint, saved_steps
 from tav_jax.training.memory import (
     Alternative,
@@ -195,6 +201,8 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
 
     Raises:
         NotLearningError: the loss is not a number, or parameters do not move as they should.
+        Stopped: a signal has asked this process, or another of the job, to stop. The last step is
+            saved.
     """
     run, config, stages = tuning.run, tuning.run.config, tuning.stages
     assert tuning.program is not None
@@ -206,8 +214,15 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
     check_at = min(start + STEPS_BEFORE_CHECK, end)
     unseen: list[dict] = []
     unseen_at_most, began = 1, time.perf_counter()
+
+    def save() -> str:
+        with stages("checkpoint"):
+            save_checkpoint(run.checkpoints, tuning.state, tuning.trained_names)
+        return f"saved {run.checkpoint(tuning.start)}; the same command goes on from there"
+
     with (
         explain_refusal(run.metrics),
+        when_stopped(None),
         metrics_path.open("a", buffering=1, encoding="utf-8") as metrics_file,
         progress_bar("tuning", total=end, initial=start) as bar,
     ):
@@ -219,22 +234,27 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
             if not pause and len(unseen) < unseen_at_most:
                 continue
             jax.block_until_ready(metrics)
-            raise_if_interrupted()
             stages.add("tune", time.perf_counter() - began)
             seconds = (time.perf_counter() - began) / len(unseen)
             run.require_folder()
             log(metrics_file, unseen, seconds)
             bar.update(len(unseen))
-            unseen, unseen_at_most = [], max(1, min(MOST_STEPS_UNSEEN, int(1 / seconds)))
+            # All processes of a job read their metrics and stop at the same steps.
+            a_second = max(1, min(MOST_STEPS_UNSEEN, int(1 / seconds)))
+            signal, unseen_at_most = largest_of_all([received(), a_second])
+            unseen = []
             if step == check_at:
                 after = fingerprint(tuning.state.unet.params)
                 check_movement(before, after, tuning.labels, config.trainable_modules)
+            if signal:
+                raise Stopped(signal, save())
             if saves:
-                with stages("checkpoint"):
-                    save_checkpoint(run.checkpoints, tuning.state, tuning.trained_names)
+                save()
                 say(f"wrote {run.checkpoint(step)}")
             if is_validated(config, step):
-                yield step
+                # A job saves now, because its processes cannot save together while they sample.
+                with when_stopped(partial(str, save()) if jax.process_count() > 1 else save):
+                    yield step
             if pause:
                 log_stages(metrics_file, step, stages)
             began = time.perf_counter()

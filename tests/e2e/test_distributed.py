@@ -27,10 +27,11 @@ from tav_jax.parallel import processes as distributed
 from tav_jax.console import command
 from tav_jax.errors import UserError
 from tav_jax.parallel.sharding import make_mesh
+from tav_jax.stopping import start_job
 
 @command
 def main(argv):
-    distributed.start()
+    start_job()
     action = sys.argv[1]
     if action == "fail":
         raise UserError("none can go on")
@@ -156,15 +157,18 @@ def test_when_a_process_is_gone_the_other_ends_with_an_error(start, action, vict
     assert VERDICT in err
 
 
-def test_a_process_ends_by_sigterm_as_it_does_alone(start):
-    processes = start("sleep")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("action", ["sleep", "step"])
+def test_when_a_process_is_asked_to_stop_all_do_and_one_says_so(start, action, victim, number):
+    processes = start(action)
     for process in processes:
         said(process)
-    processes[0].terminate()
-    assert ended(processes[0], MARGIN_SECONDS) == (False, "")
-    well, err = ended(processes[1], MARGIN_SECONDS)
-    assert not well
-    assert VERDICT in err
+    processes[victim].send_signal(number)
+    lines = [f"{number.name}: interrupted\n", ""]
+    for process, line in zip(processes, lines, strict=True):
+        assert ended(process, MARGIN_SECONDS)[1] == line
+        assert process.returncode == 128 + number
 
 
 @pytest.mark.parametrize("there", [0, 1])

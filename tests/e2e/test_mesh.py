@@ -12,6 +12,9 @@ import pytest
 from run_lines import losses
 
 from tav_jax import sample, tune
+from tav_jax.runs.run import Run
+from tav_jax.training.checkpoints import restore_trained
+from tav_jax.training.optimizer import label_params, select
 
 CLIP = {"n_sample_frames": 8, "sample_frame_rate": 1}
 HEARTBEAT = 6  # seconds until a process that is gone is missed
@@ -158,3 +161,74 @@ def test_when_a_process_is_killed_the_other_ends_with_an_error_and_both_go_on_la
     first, _ = start_two(*command)
     wait_for_a_step_after(step, first)
     assert len(losses(run)) >= step
+
+
+def test_when_a_process_is_asked_to_stop_while_they_sample_the_step_is_saved(
+    start_two, on_eight_devices, tmp_path
+):
+    _, config = on_eight_devices
+    run = tmp_path / "run"
+    command = ("-m", "tav_jax.tune", "--config", config, f"output_dir={run}")
+    # Of the samples after step 4, which is no checkpoint's, some thousand steps are still to do.
+    command += ("validation_data.num_inference_steps=999",)
+    processes = start_two(*command)
+    wait_for(run / "inv_latents/ddim_latent-4.npy", processes)
+    processes[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=600)[1] for process in processes]
+    saved = run / "checkpoints/4"
+    assert said == [f"SIGTERM: saved {saved}; the same command goes on from there\n", ""]
+    assert [process.returncode for process in processes] == [143, 143]
+    assert saved.is_dir()
+    assert not list(run.rglob(".*"))
+
+
+def wait_for(path, processes):
+    deadline = time.monotonic() + 600
+    while not path.exists():
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("asked", [(1,), (0, 1)], ids=["one", "both"])
+def test_processes_that_are_asked_to_stop_save_one_step_and_go_on_from_it(
+    start_two, on_eight_devices, tmp_path, asked
+):
+    _, config = on_eight_devices
+    ends = []
+    for name in ("interrupted", "uninterrupted"):
+        run = tmp_path / name
+        command = ("-m", "tav_jax.tune", "--config", config, f"output_dir={run}")
+        command += ("max_train_steps=150", "checkpointing_steps=150", "validation_steps=150")
+        command += ("validation_data.prompts=[]",)
+        processes = start_two(*command)
+        if name == "interrupted":
+            wait_for(run / "metrics.jsonl", processes)
+            while not losses(run):
+                time.sleep(0.01)
+            for number in asked:
+                processes[number].send_signal(signal.SIGTERM)
+            said = [process.communicate(timeout=600)[1] for process in processes]
+            assert [process.returncode for process in processes] == [143, 143], said
+            (saved,) = (run / "checkpoints").iterdir()
+            line = f"SIGTERM: saved {saved}; the same command goes on from there\n"
+            assert said == [line, ""]
+            assert 1 <= int(saved.name) < 150
+            assert len(losses(run)) == int(saved.name)
+            processes = start_two(*command)
+        said = [process.communicate(timeout=600) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], said
+        ends.append(trained(run, 150))
+    assert ends[0].keys() == ends[1].keys()
+    for key, value in ends[0].items():
+        np.testing.assert_array_equal(value, ends[1][key])
+
+
+def trained(folder, step):
+    """The trained parameters of a checkpoint, by name."""
+    run = Run.open(folder)
+    params = run.load_base().unet.params
+    names = select(params, label_params(params, run.config.trainable_modules), "train")
+    return restore_trained(run.checkpoint(step), names)

