@@ -42,7 +42,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with explain_refusal(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial, descriptor = _locked_partial(path)
-        _own_partials.add(partial)
+        own_temporaries.add(partial)
         try:
             yield partial
             sync(partial)
@@ -51,11 +51,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         finally:
             with suppress(OSError):  # the error that led here says more
                 partial.unlink(missing_ok=True)
-            _own_partials.discard(partial)
+            own_temporaries.discard(partial)
             os.close(descriptor)
 
 
-_own_partials: set[Path] = set()  # that this process is writing
+# What this process removes when it is done, also if a signal ends it.
+own_temporaries: set[Path] = set()
 
 
 def _locked_partial(path: Path) -> tuple[Path, int]:
@@ -102,10 +103,11 @@ def remove_partials(folder: Path) -> None:
             os.close(descriptor)
 
 
-def remove_own_partials() -> None:
-    """Remove the temporary files that this process is writing. It is about to end."""
-    for partial in tuple(_own_partials):
-        partial.unlink(missing_ok=True)
+def remove_own_temporaries() -> None:
+    """Remove the temporary files and locks of this process, which is about to end."""
+    for path in tuple(own_temporaries):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

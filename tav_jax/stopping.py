@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from tav_jax.files import remove_own_partials
+from tav_jax.files import remove_own_temporaries
 from tav_jax.parallel import processes as distributed
 from tav_jax.text import printable
 
@@ -119,7 +119,7 @@ def _end_process(finish: Finish) -> NoReturn:
     except BaseException as error:
         what_happened = f"interrupted; what was not saved is lost: {error}".split("\n")[0]
     print_stopped(number, what_happened)
-    remove_own_partials()
+    remove_own_temporaries()
     distributed.wait_to_stop(SECONDS_FOR_OTHERS)
     _exit(128 + number)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tav_jax.errors import UserError
+from tav_jax.files import own_temporaries
 from tav_jax.parallel.processes import broadcast_from_main, is_main_process
 from tav_jax.text import shorten
 
@@ -38,6 +39,7 @@ def lock_run(folder: Path) -> Iterator[None]:
     Raises:
         UserError: Another process has the lock.
     """
+    files = (folder / HOLDER).absolute(), (folder / LOCK).absolute()
     lock = FileLock(folder / LOCK)
     created: list[Path] = []
     is_ours = True
@@ -51,15 +53,17 @@ def lock_run(folder: Path) -> Iterator[None]:
                 f"{_holder(folder)}; wait until it has ended, or name another output_dir"
             )
         if lock.is_locked:
+            own_temporaries.update(files)
             with suppress(OSError):  # of a full disk, as will be said where it matters
                 (folder / HOLDER).write_text(f"{socket.gethostname()}, process {os.getpid()}\n")
         yield
     finally:
         if lock.is_locked:
             # While the lock is held, or another process's would be removed.
-            for name in (HOLDER, LOCK):
+            for file in files:
                 with suppress(OSError):
-                    (folder / name).unlink()
+                    file.unlink()
+            own_temporaries.difference_update(files)
             lock.release()
         for path in created:
             with suppress(OSError):  # not empty

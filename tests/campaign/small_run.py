@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from tav_jax.runs.run import Run
 from tav_jax.training.checkpoints import restore_state
 from tav_jax.training.optimizer import label_params, make_optimizer, select
 from tav_jax.training.train_step import TrainState, init_state
+
+# Compiling well takes longest. Of programs that this process starts, too.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+jax.config.update("jax_disable_most_optimizations", True)
 
 BASE = Path(__file__).parents[1] / "golden/base"
 STEPS = 4

@@ -14,7 +14,7 @@ from tav_jax.files import (
     first_unwritable_parent,
     keep_json_lines,
     remove_lock,
-    remove_own_partials,
+    remove_own_temporaries,
     remove_partials,
 )
 
@@ -146,7 +146,7 @@ def test_without_locks_nothing_is_removed(holder, tmp_path, monkeypatch):
 def test_a_process_that_ends_at_once_leaves_nothing_half_written(tmp_path):
     writer = atomic_write(tmp_path / "a")
     writer.__enter__().write_text("half")
-    remove_own_partials()
+    remove_own_temporaries()
     assert names(tmp_path) == set()
     with pytest.raises(FileNotFoundError):
         writer.__exit__(None, None, None)

@@ -14,7 +14,13 @@ from tav_jax.console import command
 from tav_jax.stopping import SIGNALS, stop_on_signals
 
 PROGRAM = """
-import gc, sys, time
+import gc, os, signal, sys, time
+# What starts the tests may have them ignored.
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if "NOHUP" in os.environ:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 from pathlib import Path
 import jax
 from tav_jax.console import command
@@ -123,15 +129,16 @@ def start(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     started = []
 
-    def run(action, **options):
+    def run(action, **variables):
         process = subprocess.Popen(
             [sys.executable, "program.py", action],
             cwd=tmp_path,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])},
+            env=os.environ
+            | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
+            | variables,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            **{"preexec_fn": restore_signals} | options,
         )
         started.append(process)
         assert process.stdout.readline() == "ready\n", process.stderr.read()
@@ -141,13 +148,6 @@ def start(tmp_path):
     for process in started:
         process.kill()
         process.communicate()
-
-
-def restore_signals():
-    # What starts the tests may have them ignored.
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def ended(process):
@@ -241,10 +241,7 @@ def test_a_terminal_that_closes_may_say_so_twice(start):
 
 
 def test_nohup_stays_in_force(start):
-    process = start(
-        "sleep",
-        preexec_fn=lambda: (restore_signals(), signal.signal(signal.SIGHUP, signal.SIG_IGN)),
-    )
+    process = start("sleep", NOHUP="1")
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)
     status, err = ended(process)
