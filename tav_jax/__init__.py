@@ -201,6 +201,9 @@ if TYPE_CHECKING:
         side_by_side as side_by_side,
     )
     from tav_jax.video.write import (
+        show_video as show_video,
+    )
+    from tav_jax.video.write import (
         to_frames as to_frames,
     )
     from tav_jax.video.write import (
@@ -276,7 +279,7 @@ _API: dict[str, tuple[str, ...]] = {
     # Videos and images.
     "video.read": ("read_frames", "to_pixel_values"),
     "video.sheets": ("contact_sheet", "side_by_side"),
-    "video.write": ("to_frames", "write_image", "write_video"),
+    "video.write": ("show_video", "to_frames", "write_image", "write_video"),
     # Errors.
     "errors": ("NotLearningError", "UserError"),
 }

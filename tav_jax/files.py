@@ -91,7 +91,7 @@ def remove_partials(path: Path) -> None:
 
 def _partial_stem(path: Path) -> str:
     # A digest, because nothing can be added to a name of the file system's full length.
-    return f".partial-{hashlib.sha256(path.name.encode()).hexdigest()[:16]}-"
+    return f".partial-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
 
 
 @contextmanager

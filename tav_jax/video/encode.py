@@ -1,69 +1,114 @@
-"""Encode videos with PyAV, which brings FFmpeg's libraries."""
+"""Encode videos with mediapy, which runs the program ffmpeg that imageio-ffmpeg brings."""
 
+import errno
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-import av
 import numpy as np
-from av.filter import Graph
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from jaxtyping import UInt8
 
+from tav_jax.errors import MACHINE_ERRNOS
+
 CRF = 18  # x264's guide: "visually lossless or nearly so".
+
+BT709 = (
+    # swscale would convert by BT.601's matrix, and its defaults are up to 4 levels off.
+    "-vf",
+    "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int,"
+    # Untagged colours are guessed from the size, by each player in its own way.
+    "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709",
+)
 
 
 def encode_mp4(path: Path, frames: UInt8[np.ndarray, "f H W 3"], rate: Fraction) -> None:
     """Write an h264 that browsers play; an odd side grows by a repetition of its last line."""
     _, height, width, _ = frames.shape
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with av.open(_address(path), "w", format="mp4", options={"movflags": "+faststart"}) as file:
-        stream = file.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        # Untagged colours are guessed from the size, by each player in its own way: say bt709.
-        stream.colorspace = Colorspace.ITU709
-        stream.color_range = ColorRange.MPEG
-        stream.color_primaries = ColorPrimaries.BT709
-        stream.color_trc = ColorTrc.BT709
-        for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-                interpolation=Interpolation.BICUBIC,
-            )
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode(None))
+    options = (*BT709, "-movflags", "+faststart")
+    _encode(
+        path, frames, rate, codec="libx264", crf=CRF, encoded_format="yuv420p", ffmpeg_args=options
+    )
 
 
 def encode_gif(path: Path, frames: UInt8[np.ndarray, "f H W 3"], rate: Fraction) -> None:
     """Write a GIF with one palette that is made for all frames."""
-    _, height, width, _ = frames.shape
-    graph = Graph()
-    source = graph.add_buffer(
-        width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / rate
+    _encode(path, frames, rate, codec="gif")
+
+
+def load_mediapy() -> ModuleType:
+    """Import mediapy, and let it use the program of imageio-ffmpeg and not one of the machine.
+
+    Imported at its first use, because with matplotlib and IPython it takes half a second.
+    """
+    import imageio_ffmpeg
+    import mediapy
+
+    mediapy.set_ffmpeg(imageio_ffmpeg.get_ffmpeg_exe())
+    return mediapy
+
+
+def _encode(path: Path, frames: np.ndarray, rate: Fraction, **options: Any) -> None:
+    """Run ffmpeg.
+
+    Raises:
+        OSError: ffmpeg failed. The message is its own, and the number that of the machine's error,
+            or None.
+    """
+    writer = load_mediapy().VideoWriter(
+        path.absolute(),  # ffmpeg takes `take:2.mp4` for a protocol
+        frames.shape[1:3],
+        fps=rate,
+        **options,
     )
-    split, palette = graph.add("split"), graph.add("palettegen")
-    use, sink = graph.add("paletteuse"), graph.add("buffersink")
-    source.link_to(split)
-    split.link_to(palette, 0, 0)
-    split.link_to(use, 1, 0)
-    palette.link_to(use, 0, 1)
-    use.link_to(sink)
-    graph.configure()
-    with av.open(_address(path), "w", format="gif") as file:
-        stream = file.add_stream("gif", rate=rate)
-        stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
-        for number, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
-            frame.pts, frame.time_base = number, 1 / rate
-            graph.vpush(frame)
-        graph.vpush(None)
-        for _ in frames:
-            file.mux(stream.encode(graph.vpull()))
-        file.mux(stream.encode(None))
+    try:
+        with ExitStack() as stack:
+            with _blocked_signals():
+                stack.enter_context(writer)
+            for pixels in frames:
+                writer.add_image(pixels)
+    except (RuntimeError, OSError, UnicodeDecodeError) as error:
+        raise _failure(writer, error) from None
 
 
-def _address(path: Path) -> str:
-    # FFmpeg would take `take:2.mp4` for a protocol.
-    return f"file:{path.absolute()}"
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Let a process that is started in the block inherit that these signals wait.
+
+    Ctrl-C and a scheduler signal all processes of a job. ffmpeg would end its file there, and we
+    would take that for an error. It ends by itself when this process does.
+    """
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _failure(writer: Any, error: Exception) -> OSError:
+    """Return the error that ffmpeg ended with. mediapy gives it only after the last frame."""
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    status = 0
+    process: subprocess.Popen[bytes] | None = getattr(writer, "_proc", None)
+    if process:
+        with process:
+            said += process.stderr.read().decode(errors="replace") if process.stderr else ""
+        status = process.returncode
+    if not said and not status:
+        return error if isinstance(error, OSError) else OSError(str(error))
+    if status == -signal.SIGXFSZ:
+        return OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    for number in (*MACHINE_ERRNOS, errno.ENOENT):
+        if os.strerror(number) in said:
+            return OSError(number, os.strerror(number))
+    # Lines begin with the part of ffmpeg that speaks: `[libx264 @ 0x55d0] `.
+    lines = [re.sub(r"^(\[[^]]+\] )+", "", line) for line in said.split("': ", 1)[-1].splitlines()]
+    return OSError(next((line for line in lines if line), f"it ended with status {status}"))

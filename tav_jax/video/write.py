@@ -3,7 +3,9 @@
 import math
 import os
 from fractions import Fraction
+from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -47,7 +49,7 @@ def write_video(
 
     Raises:
         UserError: There is no frame, the suffix is another, or `fps` is no rate.
-        OSError: FFmpeg could not write the file.
+        OSError: ffmpeg could not write the file.
     """
     path = Path(path)
     _require_uint8(frames)
@@ -58,20 +60,43 @@ def write_video(
     rate = Fraction(fps).limit_denominator(100_000) if math.isfinite(fps) else Fraction(0)
     if rate <= 0:
         raise UserError(f"{path}: fps is {fps}; it must be above 0")
-    # Imported at its first use, because FFmpeg's libraries take a tenth of a second.
-    from av import FFmpegError
-
     from tav_jax.video.encode import encode_gif, encode_mp4
 
     encode = encode_mp4 if path.suffix.lower() == ".mp4" else encode_gif
     with atomic_write(path) as partial:
         try:
             encode(partial, frames, rate)
-        except (FFmpegError, OSError) as error:
-            reason = getattr(error, "strerror", None) or error
-            failure = OSError(f"{path}: FFmpeg could not write it ({reason})")
-            failure.errno = getattr(error, "errno", None)
+        except OSError as error:
+            failure = OSError(f"{path}: ffmpeg could not write it ({error.strerror or error})")
+            failure.errno = error.errno
             raise failure from None
+
+
+def show_video(
+    frames: UInt8[np.ndarray, "f H W 3"], fps: int | float = 8, title: str | None = None
+) -> None:
+    """Show frames as a video in a notebook, as `write_video` would write them to an .mp4.
+
+    Args:
+        frames: At least one frame.
+        fps: Frames per second.
+        title: A line of text above the video.
+
+    Raises:
+        UserError: There is no frame, or `fps` is no rate.
+        OSError: ffmpeg could not encode the video.
+    """
+    from IPython.display import HTML, display
+
+    from tav_jax.video.encode import load_mediapy
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "video.mp4"
+        write_video(path, frames, fps)
+        content = path.read_bytes()
+    _, height, width, _ = frames.shape
+    line = None if title is None else escape(title)
+    display(HTML(load_mediapy().html_from_compressed_video(content, width, height, title=line)))
 
 
 def write_image(path: str | os.PathLike[str], image: UInt8[np.ndarray, "H W 3"]) -> None:
@@ -82,6 +107,6 @@ def write_image(path: str | os.PathLike[str], image: UInt8[np.ndarray, "H W 3"])
 
 
 def _require_uint8(frames: np.ndarray) -> None:
-    # Pillow and PyAV refuse floats too, but do not say what to pass.
+    # mediapy would take floats for [0, 1] and write grey without a word.
     if frames.dtype != np.uint8:
         raise TypeError(f"frames are {frames.dtype}, not uint8; pass to_frames(pixel_values)")

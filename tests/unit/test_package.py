@@ -15,7 +15,8 @@ import tav_jax as tav
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-HEAVY = {"jax", "transformers", "matplotlib", "av", "orbax", "pydantic", "torch", "diffusers"}
+HEAVY = {"jax", "transformers", "matplotlib", "av", "mediapy", "orbax", "torch", "diffusers"}
+HEAVY |= {"pydantic"}
 
 
 def modules_after(code):

@@ -1,8 +1,18 @@
+import base64
+import errno
+import os
 import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import av
+import IPython.display
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,7 +20,7 @@ from PIL import Image
 from tav_jax.runs.samples import file_stem
 from tav_jax.video.read import frame_indices, read_clip, read_frames, to_pixel_values
 from tav_jax.video.sheets import contact_sheet, side_by_side
-from tav_jax.video.write import to_frames, write_image, write_video
+from tav_jax.video.write import show_video, to_frames, write_image, write_video
 
 VIDEOS = Path(__file__).parents[2].parent / "shared" / "videos"
 
@@ -368,8 +378,53 @@ def test_any_rate_is_written(tmp_path, suffix, fps):
 def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, suffix, shape):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b"old")
-    with pytest.raises(OSError, match=r"a\.\w+: FFmpeg could not write it \(.+\)$"):
+    with pytest.raises(OSError, match=r"a\.\w+: ffmpeg could not write it \(.+\)$"):
         write_video(path, np.zeros((*shape, 3), np.uint8))
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
+
+
+MANY_FRAMES = """
+import signal, sys
+import numpy as np
+from tav_jax.video.write import write_video
+signal.signal(signal.SIGTERM, lambda *_: None)
+print("writes", flush=True)
+write_video(sys.argv[1], np.zeros((int(sys.argv[2]), 256, 256, 3), np.uint8))
+"""
+
+
+@contextmanager
+def writer_of_many_frames(path, count):
+    """Starts a process that writes a video; gives it when it has begun the file."""
+    command = [sys.executable, "-c", MANY_FRAMES, path, str(count)]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        while not list(path.parent.iterdir()) and process.poll() is None:
+            time.sleep(0.01)
+        yield process
+
+
+def test_a_signal_to_all_processes_does_not_cut_a_video_short(tmp_path):
+    path = tmp_path / "a.mp4"
+    with writer_of_many_frames(path, 1000) as process:
+        os.killpg(process.pid, signal.SIGTERM)
+    assert list(tmp_path.iterdir()) == [path]
+    assert len(read_small(path, n_sample_frames=1000)) == 1000
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_a_full_disk_is_named_with_its_number(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(b"old")
+    noise = np.random.default_rng(0).integers(0, 256, (8, 256, 256, 3), np.uint8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(OSError, match=r"ffmpeg could not write it \(File too large\)") as full:
+            write_video(path, noise)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert full.value.errno == errno.EFBIG
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
 
 
@@ -387,10 +442,37 @@ def test_a_write_that_fails_at_its_end_leaves_no_temporary_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def test_a_relative_path_may_hold_a_colon(tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", ["take:2", 'it\'s "so"', "100% %d", "-y", "caf\udce9", "a b\\n"])
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_a_relative_path_may_hold_any_letters(tmp_path, monkeypatch, folder, suffix):
     monkeypatch.chdir(tmp_path)  # ffmpeg would take what stands before the colon for a protocol.
-    write_video("take:2/a.mp4", grey_ramp(4))
-    assert indices_seen(read_small("take:2/a.mp4")) == [0, 1, 2, 3]
+    path = Path(folder, f"{folder}{suffix}")
+    write_video(path, grey_ramp(4))
+    assert indices_seen(read_small(path)) == [0, 1, 2, 3]
+
+
+def test_a_program_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "no-such-ffmpeg")
+    with pytest.raises(OSError, match=r"a\.mp4: .*Program 'no-such-ffmpeg' is not found"):
+        write_video(tmp_path / "a.mp4", grey_ramp(2))
+    assert not list(tmp_path.iterdir())
+
+
+# --- showing
+
+
+def test_a_notebook_shows_the_video_that_would_be_written(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    frames = grey_ramp(3, height=17, width=25)
+    show_video(frames, fps=12.5, title="<b>a & b</b>")
+    [html] = shown
+    assert "&lt;b&gt;a &amp; b&lt;/b&gt;" in html.data
+    assert 'width="25" height="17"' in html.data
+    path = tmp_path / "shown.mp4"
+    path.write_bytes(base64.b64decode(re.search(r"base64,([^\"]+)", html.data)[1]))
+    clip = read_clip(path, n_sample_frames=3, width=26, height=18)
+    assert (indices_seen(clip.frames), clip.fps) == ([0, 1, 2], 12.5)
 
 
 def test_a_written_image_reads_back_and_a_failing_one_leaves_the_old(tmp_path):
