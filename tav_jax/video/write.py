@@ -100,9 +100,16 @@ def show_video(
 
 
 def write_image(path: str | os.PathLike[str], image: UInt8[np.ndarray, "H W 3"]) -> None:
-    """Write one image in the format of its suffix."""
+    """Write one image in the format of its suffix.
+
+    Raises:
+        UserError: The image is empty.
+    """
+    path = Path(path)
     _require_uint8(image)
-    with atomic_write(Path(path)) as partial:
+    if not image.size:  # Pillow's error depends on its version
+        raise UserError(f"{path}: an image of {image.shape[1]}x{image.shape[0]} cannot be written")
+    with atomic_write(path) as partial:
         Image.fromarray(image).save(partial)
 
 
