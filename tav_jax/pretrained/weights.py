@@ -430,9 +430,19 @@ def _read_pickled(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         raise UserError(f"{path}: not a file of plain tensors ({reason})") from None
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise UserError(f"{path}: not a file of plain tensors; is it a whole training's state?")
+    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     for name, tensor in tensors.items():
+        wrong = tensor.dtype if tensor.dtype not in known else None
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            wrong = f"{tensor.layout} on {tensor.device}"
+        if wrong and name not in IGNORED:
+            raise UserError(
+                f"{path}: {brief(name)} is {str(wrong).replace('torch.', '')}; weights are plain "
+                "tensors of float16, bfloat16, float32 or float64"
+            )
         # PyTorch cannot convert bfloat16 to NumPy. Every bfloat16 number is a float32 number.
-        yield name, (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        plain = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        yield str(name), plain.detach().numpy()  # some files hold trained parameters
 
 
 def save_tensors(path: Path, params: Mapping[str, Array]) -> None:

@@ -34,6 +34,9 @@ FEW_FRAMES = 256
 # Decoders that read the transparency of a WebM; FFmpeg's own leave it out.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
+# In which a stream of unknown size must show its first frame: minutes of video.
+MOST_PACKETS = 10_000
+
 
 # PyAV 18 raises UnicodeDecodeError for tags that are not UTF-8; 19 takes them, and no argument.
 _ANY_ENCODING: Any = (
@@ -97,18 +100,54 @@ def read_video(
 def _open(path: Path) -> Iterator["_Video"]:
     """Open a file, and report FFmpeg's errors as the user's."""
     try:
-        with av.open(
-            f"file:{path.absolute()}",  # FFmpeg takes `take:2.mp4` for a protocol
-            container_options={"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"},
-            options={"max_pixels": str(MAX_PIXELS)},
-            **_ANY_ENCODING,
-        ) as container:
+        _require_small_frames(path)
+        with _open_container(path) as container:
             yield _Video(path, container)
     except av.FFmpegError as error:
         raise UserError(
             f"{path}: no video can be read from it ({error.strerror}); "
             "give an mp4, mov, mkv, webm, avi or gif, or a folder of images"
         ) from None
+
+
+def _open_container(path: Path, **options: str) -> av.container.InputContainer:
+    return av.open(
+        f"file:{path.absolute()}",  # FFmpeg takes `take:2.mp4` for a protocol
+        container_options={"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
+        | options,
+        options={"max_pixels": str(MAX_PIXELS)},
+        **_ANY_ENCODING,
+    )
+
+
+def _require_small_frames(path: Path) -> None:
+    """Raise `UserError` for large frames in a file that does not list its streams in its header.
+
+    FFmpeg decodes a frame of each such stream when it opens the file, and `max_pixels` does not
+    reach it there. So the file is first opened with no decoder but ours.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+    if start[4:] == b"ftyp" or start[:4] in (b"\x1aE\xdf\xa3", b"RIFF"):
+        return
+    with _open_container(path, codec_whitelist="none") as container:
+        unknown = []
+        for stream in container.streams.video:
+            if stream.codec_context is None:
+                continue
+            refuse_large(path, stream.width, stream.height)
+            if not stream.width:
+                stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+                unknown.append(stream)
+        for packet in islice(container.demux(unknown), MOST_PACKETS) if unknown else ():
+            if packet.stream in unknown:
+                with suppress(av.FFmpegError, ValueError):
+                    if packet.decode():
+                        unknown.remove(packet.stream)
+            if not unknown:
+                break
+        if unknown:
+            raise _no_frame(path)
 
 
 class _Video:

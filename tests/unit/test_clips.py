@@ -17,7 +17,7 @@ from PIL import Image
 from tav_jax.errors import UserError
 from tav_jax.runs.config import parse_config
 from tav_jax.runs.run import DEFAULT_FPS, LOWEST_AUTO_FPS, Run
-from tav_jax.video import decode
+from tav_jax.video import decode, images
 from tav_jax.video.read import read_clip, read_frames
 
 HEIGHT, WIDTH = 48, 64
@@ -504,6 +504,34 @@ def test_frames_that_are_huge_against_the_header_are_not_decoded(tmp_path, decod
     ):
         read(path, 1)
     assert not decoded
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        pytest.param("a.mpg", "mpeg2video", id="mpg mpeg2"),
+        pytest.param("a.mpg", "libx264", id="mpg h264"),
+        pytest.param("a.ts", "libx264", id="ts h264"),
+        pytest.param("a.ts", "mpeg2video", id="ts mpeg2"),
+        pytest.param("a.flv", "libx264", id="flv h264"),
+        pytest.param("a.flv", "flv", id="flv"),
+        pytest.param("a.h264", "libx264", id="h264 without a container"),
+    ],
+)
+def test_ffmpeg_decodes_no_huge_frame_when_it_opens_a_file(tmp_path, monkeypatch, name, codec):
+    """It looks into the frames of containers whose header does not list the streams."""
+    path = write(tmp_path / name, numbered(8), rate=25, codec=codec)
+    assert numbers(read(path, 3, sampling="uniform"))[0] == 0
+    opened = []
+    open_container = decode._open_container
+    monkeypatch.setattr(
+        decode, "_open_container", lambda *a, **k: opened.append(k) or open_container(*a, **k)
+    )
+    for module in (decode, images):  # Huge is what has more than half the pixels of the clip.
+        monkeypatch.setattr(module, "MAX_PIXELS", HEIGHT * WIDTH // 2)
+    with pytest.raises(UserError, match=rf"{path.name}: .*over 0 megapixels.*; scale it down"):
+        read(path, 1)
+    assert opened == [{"codec_whitelist": "none"}]
 
 
 # --- shape: rotation, pixels, transparency

@@ -13,6 +13,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from tav_jax.errors import UserError
 from tav_jax.models.clip import CLIPTextModel
 from tav_jax.models.network import in_modules, parameter_shapes
 from tav_jax.models.unet import UNet3DConditionModel
@@ -525,6 +526,40 @@ def test_a_pickled_file_without_pytorch_is_one_line_that_says_what_to_do(tmp_pat
         read(tmp_path)
     assert str(tmp_path / BIN) in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_pickled_file_may_hold_trained_parameters(tmp_path):
+    torch = pytest.importorskip("torch")
+    values = torch.arange(6.0).reshape(2, 3)
+    tensors = {
+        "parameter": torch.nn.Parameter(values),
+        "with gradient": values.clone().requires_grad_(),
+        "half": values.bfloat16().requires_grad_(),
+        "turned": values.T.clone().requires_grad_().T,
+    }
+    torch.save(tensors, tmp_path / BIN)
+    tensors = read(tmp_path)
+    assert len(tensors) == 4
+    for tensor in tensors.values():
+        np.testing.assert_array_equal(tensor, values.numpy())
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta", "complex", "integers", "float8"])
+def test_a_pickled_tensor_that_is_no_weight_is_named(tmp_path, kind):
+    torch = pytest.importorskip("torch")
+    values = torch.ones(2, 3)
+    tensor = {
+        "sparse": values.to_sparse,
+        "meta": lambda: values.to("meta"),
+        "complex": lambda: values.to(torch.complex64),
+        "integers": values.int,
+        "float8": lambda: values.to(torch.float8_e4m3fn),
+    }[kind]()
+    torch.save({"to_q.weight": tensor}, tmp_path / BIN)
+    with pytest.raises(UserError, match=r"\.bin: .+") as refusal:
+        read(tmp_path)
+    assert len(str(refusal.value)) < 500 + len(str(tmp_path))
+    assert "\n" not in str(refusal.value)
 
 
 # --- saving
