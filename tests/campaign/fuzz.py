@@ -425,7 +425,8 @@ def work(target: str, seed: int, cases: int, seconds: float, folder: Path) -> No
             result = f"{(peak() - before) / 1e9:.1f} GB"
         line = json.dumps({"result": result[:300], "s": time.monotonic() - start})
         print(line, file=told, flush=True)
-        path.unlink()
+        if result in ("read", "refused"):  # the others are kept
+            path.unlink()
         gc.collect(0)
 
 
