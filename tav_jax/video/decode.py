@@ -175,7 +175,8 @@ class _Video:
             assert isinstance(decoder, av.VideoCodecContext)
             self.decoder = decoder
         self.decoder.options = {"max_pixels": str(MAX_PIXELS)}
-        self.decoder.thread_type = "AUTO"
+        # Threads that decode a frame each wait for one another for ever in some damaged HEVC.
+        self.decoder.thread_type = "SLICE" if self.decoder.name == "hevc" else "AUTO"
         self.decoder.thread_count = 4  # each thread decodes a frame in advance
         self.reformatter = VideoReformatter()
         self.damaged = 0

@@ -405,9 +405,11 @@ def work(target: str, seed: int, cases: int, seconds: float, folder: Path) -> No
     for number, case in enumerate(TARGETS[target](rng)):
         if number == cases or time.monotonic() > end:
             break
-        path = folder / case.name
+        place = folder / str(number)
+        place.mkdir()
+        path = place / case.name
         path.write_bytes(case.content)
-        print(json.dumps({"case": case.name}), file=told, flush=True)
+        print(json.dumps({"case": f"{number}/{case.name}"}), file=told, flush=True)
         start, before = time.monotonic(), peak()
         result = "read"
         try:
@@ -425,7 +427,8 @@ def work(target: str, seed: int, cases: int, seconds: float, folder: Path) -> No
             result = f"{(peak() - before) / 1e9:.1f} GB"
         line = json.dumps({"result": result[:300], "s": time.monotonic() - start})
         print(line, file=told, flush=True)
-        path.unlink()
+        if result in ("read", "refused"):  # the others are kept
+            shutil.rmtree(place)
         gc.collect(0)
 
 
@@ -483,7 +486,7 @@ def keep(folder: Path, name: str, to: Path) -> None:
     """Keeps an input that was not handled."""
     if name and (folder / name).exists():
         to.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / name, to / name)
+        shutil.copy(folder / name, to)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,8 @@
 """A few inputs of each kind that `fuzz.py` makes. Run as a program it makes many."""
 
+import subprocess
+import sys
+
 import fuzz
 import pytest
 
@@ -11,6 +14,22 @@ def test_random_inputs_are_read_or_refused(target, capsys):
     out = capsys.readouterr().out
     assert f"{target}: {cases} cases" in out
     assert status == 0, out
+
+
+FOUND = sorted((fuzz.ROOT / "tests/campaign/found").iterdir())
+
+
+@pytest.mark.parametrize("path", FOUND, ids=lambda path: path.name)
+@pytest.mark.parametrize("sampling", ["rate", "uniform"])
+def test_a_clip_that_was_found_once_is_read_or_refused(path, sampling):
+    """In a process of its own: the first of these made FFmpeg wait for ever."""
+    code = (
+        "import sys; from tav_jax import UserError, read_frames\n"
+        "try: read_frames(sys.argv[1], n_sample_frames=4, width=32, height=32, "
+        "sampling=sys.argv[2])\nexcept UserError: pass"
+    )
+    command = [sys.executable, "-c", code, path, sampling]
+    subprocess.run(command, timeout=300, check=True)
 
 
 def test_what_is_not_handled_is_found(tmp_path, monkeypatch, capsys):
