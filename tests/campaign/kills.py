@@ -108,6 +108,7 @@ class Bench:
         status, said = process.wait(), self.log.read_text()
         if status == 0:
             self.count["ended before the signal"] += 1
+            self.seconds[kind] *= 0.9  # the machine has become faster
             return
         self.count[f"{number.name} in {kind}"] += 1
         # Before the command begins, a signal does what it does to any program.
@@ -150,6 +151,9 @@ class Bench:
         for file in names[0] ^ names[1]:
             yield f"{file}: is in one of them only"
         for file in names[0] & names[1]:
+            # Overviews show some edits as they were sampled and some as read from their videos.
+            if file.stem in ("contact-sheet", "side-by-side"):
+                continue
             if (whole / file).read_bytes() != (output / file).read_bytes():
                 yield f"{file}: differs"
         if kind == "tune":
