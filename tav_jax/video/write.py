@@ -48,8 +48,9 @@ def write_video(
         fps: Frames per second.
 
     Raises:
-        UserError: There is no frame, the suffix is another, or `fps` is no rate.
-        OSError: ffmpeg could not write the file.
+        UserError: There is no frame, the suffix is another, or `fps` is no rate. Or the disk is
+            full or refuses to be written.
+        OSError: ffmpeg could not write the file for another reason.
     """
     path = Path(path)
     _require_uint8(frames)

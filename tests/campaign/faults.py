@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from small_run import STEPS, Tally, result, write_config
+from small_run import QUICKLY, STEPS, Tally, result, write_config
 
 from tav_jax.runs.check import check_run
 from tav_jax.training.checkpoints import checkpoint_damage, saved_steps
@@ -71,7 +71,7 @@ class Campaign:
             command = ["bash", "-c", f'ulimit -f {limit // 1024}; exec "$@"', "bash", *command]
         return subprocess.Popen(
             [*command, f"output_dir={run}"],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | QUICKLY,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -19,9 +18,8 @@ from tav_jax.training.checkpoints import restore_state
 from tav_jax.training.optimizer import label_params, make_optimizer, select
 from tav_jax.training.train_step import TrainState, init_state
 
-# Compiling well takes longest. Of programs that this process starts, too.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-jax.config.update("jax_disable_most_optimizations", True)
+# Compiling well takes longest, and makes no difference to what is tried here.
+QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
 
 BASE = Path(__file__).parents[1] / "golden/base"
 STEPS = 4

@@ -201,7 +201,7 @@ def test_processes_that_are_asked_to_stop_save_one_step_and_go_on_from_it(
     for name in ("interrupted", "uninterrupted"):
         run = tmp_path / name
         command = ("-m", "tav_jax.tune", "--config", config, f"output_dir={run}")
-        command += ("max_train_steps=150", "checkpointing_steps=150", "validation_steps=150")
+        command += ("max_train_steps=40", "checkpointing_steps=40", "validation_steps=40")
         command += ("validation_data.prompts=[]",)
         processes = start_two(*command)
         if name == "interrupted":
@@ -215,12 +215,12 @@ def test_processes_that_are_asked_to_stop_save_one_step_and_go_on_from_it(
             (saved,) = (run / "checkpoints").iterdir()
             line = f"SIGTERM: saved {saved}; the same command goes on from there\n"
             assert said == [line, ""]
-            assert 1 <= int(saved.name) < 150
+            assert 1 <= int(saved.name) < 40
             assert len(losses(run)) == int(saved.name)
             processes = start_two(*command)
         said = [process.communicate(timeout=600) for process in processes]
         assert [process.returncode for process in processes] == [0, 0], said
-        ends.append(trained(run, 150))
+        ends.append(trained(run, 40))
     assert ends[0].keys() == ends[1].keys()
     for key, value in ends[0].items():
         np.testing.assert_array_equal(value, ends[1][key])
