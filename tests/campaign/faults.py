@@ -8,6 +8,7 @@ import argparse
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,7 +59,8 @@ class Campaign:
         write_config(folder)
         self.whole = folder / "run"
         # By a process of its own, as the others: tests compile with options of theirs.
-        assert self.start(self.whole).wait(timeout=900) == 0
+        process = self.start(self.whole)
+        assert process.communicate(timeout=900) and process.returncode == 0
         self.expected = result(self.whole)
         self.size = size_of(self.whole)
         self.disk = folder / "disk"
@@ -196,4 +198,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Ends as Ctrl-C does, so that nothing stays mounted.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
