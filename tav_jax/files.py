@@ -14,6 +14,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -57,6 +58,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 # What this process removes when it is done, also if a signal ends it.
 own_temporaries: set[Path] = set()
+own_writers: set[subprocess.Popen] = set()  # programs that may be about to create such a file
 
 
 def _locked_partial(path: Path) -> tuple[Path, int]:
@@ -105,6 +107,9 @@ def remove_partials(folder: Path) -> None:
 
 def remove_own_temporaries() -> None:
     """Remove the temporary files and locks of this process, which is about to end."""
+    for writer in tuple(own_writers):
+        writer.kill()
+        writer.wait()
     for path in tuple(own_temporaries):
         with suppress(OSError):
             path.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from tav_jax.errors import MACHINE_ERRNOS
+from tav_jax.files import own_writers
 
 CRF = 18  # x264's guide: "visually lossless or nearly so".
 
@@ -72,6 +73,9 @@ def _encode(path: Path, frames: np.ndarray, rate: Fraction, **options: Any) -> N
         with ExitStack() as stack:
             with _blocked_signals():
                 stack.enter_context(writer)
+                process = writer._proc
+                own_writers.add(process)
+                stack.callback(own_writers.discard, process)
             for pixels in frames:
                 writer.add_image(pixels)
     except (RuntimeError, OSError, UnicodeDecodeError) as error:

@@ -60,7 +60,8 @@ class Campaign:
         self.whole = folder / "run"
         # By a process of its own, as the others: tests compile with options of theirs.
         process = self.start(self.whole)
-        assert process.communicate(timeout=900) and process.returncode == 0
+        process.communicate(timeout=900)
+        assert process.returncode == 0
         self.expected = result(self.whole)
         self.size = size_of(self.whole)
         self.disk = folder / "disk"
