@@ -8,6 +8,7 @@ from typing import NamedTuple
 from tav_jax.digests import has_digests
 from tav_jax.errors import UserError
 from tav_jax.reading import MOST_RECORD_BYTES, parse_json, read_json, read_text
+from tav_jax.runs.inputs import read_inputs
 from tav_jax.runs.inversions import read_inversion
 from tav_jax.runs.overview import sheet_of
 from tav_jax.runs.run import Run
@@ -48,12 +49,21 @@ def check_run(folder: Path) -> Iterator[Finding]:
     else:
         yield Finding(config)
         frames = sample_size(run.config)[0]
-    # Digests of the run's inputs are checked here, once a run records them.
+    yield from check_inputs(folder / "inputs.json")
     yield from check_metrics(folder / "metrics.jsonl")
     yield from check_checkpoints(folder / "checkpoints")
     yield from check_inversions(folder / "inv_latents")
     for samples in sorted(folder.glob("samples/*/")):
         yield from check_samples(samples, frames)
+
+
+def check_inputs(path: Path) -> Iterator[Finding]:
+    """Check that the record of the run's clip and model can be read. Older runs have none."""
+    try:
+        if read_inputs(path):
+            yield Finding(path)
+    except UserError as error:
+        yield Finding(path, _without_path(error, path))
 
 
 def check_metrics(path: Path) -> Iterator[Finding]:

@@ -41,6 +41,7 @@ def cut(path):
     ("name", "harm"),
     [
         ("config.yaml", lambda path: path.write_text("seed: [")),
+        ("inputs.json", cut),
         ("metrics.jsonl", lambda path: path.write_text("{}\n")),
         ("metrics.jsonl", lambda path: path.write_text("5\n")),
         ("checkpoints/3", lambda path: flip_a_bit(largest(path))),
