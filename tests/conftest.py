@@ -51,6 +51,8 @@ QUICK = {
     "unit/test_shipped_files.py",
 }
 FULL = {
+    "campaign/test_faults.py",
+    "campaign/test_kills.py",
     "e2e/test_aot_cuda.py",
     "e2e/test_base_model.py",
     "e2e/test_batch.py::test_a_fleet_makes_each_video_once_though_a_worker_is_killed",
