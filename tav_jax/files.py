@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -42,8 +43,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     with explain_refusal(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial, descriptor = _locked_partial(path)
-        own_temporaries.add(partial)
+        with _creating:
+            partial, descriptor = _locked_partial(path)
+            own_temporaries.add(partial)
         try:
             yield partial
             sync(partial)
@@ -59,6 +61,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 # What this process removes when it is done, also if a signal ends it.
 own_temporaries: set[Path] = set()
 own_writers: set[subprocess.Popen] = set()  # programs that may be about to create such a file
+_creating = threading.Lock()
 
 
 def _locked_partial(path: Path) -> tuple[Path, int]:
@@ -106,7 +109,11 @@ def remove_partials(folder: Path) -> None:
 
 
 def remove_own_temporaries() -> None:
-    """Remove the temporary files and locks of this process, which is about to end."""
+    """Remove the temporary files and locks of this process, and let it create no others.
+
+    The process must end afterwards.
+    """
+    _creating.acquire()
     for writer in tuple(own_writers):
         writer.kill()
         writer.wait()

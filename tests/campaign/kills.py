@@ -100,6 +100,7 @@ class Bench:
 
     def stop(self, kind: str, name: str, number: signal.Signals) -> None:
         """Start a command and end it at a random moment, mostly after its imports."""
+        partials = set(self.output(kind, name).rglob(".partial-*"))  # of an earlier SIGKILL
         process = self.start(kind, name)
         if self.random.random() < 0.9:
             self.wait_for_output(process)
@@ -117,8 +118,8 @@ class Bench:
             self.faults.append(f"{kind} {name}: {number.name} gave status {status}: {said}")
         if number == signal.SIGTERM:
             self.count["SIGTERMs that saved a step"] += "SIGTERM: saved" in said
-            if partials := list(self.output(kind, name).rglob(".partial-*")):
-                self.faults.append(f"{kind} {name}: SIGTERM left {partials}")
+            if new := set(self.output(kind, name).rglob(".partial-*")) - partials:
+                self.faults.append(f"{kind} {name}: SIGTERM left {new}")
 
     def finish(self, kind: str, name: str) -> None:
         """Run a command to its end and compare what it has made."""

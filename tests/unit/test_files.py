@@ -5,6 +5,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -143,13 +144,19 @@ def test_without_locks_nothing_is_removed(holder, tmp_path, monkeypatch):
     assert (tmp_path / "b").read_text() == "whole"
 
 
-def test_a_process_that_ends_at_once_leaves_nothing_half_written(tmp_path):
+def test_a_process_that_ends_at_once_leaves_nothing_half_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("tav_jax.files._creating", threading.Lock())  # which stays locked
     writer = atomic_write(tmp_path / "a")
     writer.__enter__().write_text("half")
     remove_own_temporaries()
     assert names(tmp_path) == set()
     with pytest.raises(FileNotFoundError):
         writer.__exit__(None, None, None)
+    late = threading.Thread(target=atomic_write(tmp_path / "b").__enter__, daemon=True)
+    late.start()
+    late.join(0.2)
+    assert late.is_alive()
+    assert names(tmp_path) == set()
 
 
 def test_what_keeps_a_file_from_being_created_is_named(tmp_path, monkeypatch):
