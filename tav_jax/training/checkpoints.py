@@ -113,6 +113,7 @@ def checkpoint_damage(path: Path, items: Sequence[str] = ITEMS) -> str | None:
 
 def _why_unreadable(item: Path) -> str | None:
     """Read an item as arrays in host memory, and return why that fails, or None."""
+    _hide_logs()
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(item.absolute()).item_metadata.tree
