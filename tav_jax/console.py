@@ -133,6 +133,8 @@ def command(main: Main) -> Callable[..., int]:
         keep_compiled_programs()
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
+            # A process that was killed has left half a program there. It is compiled again.
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
             warnings.showwarning = _show_warning
             try:
                 with stop_on_signals():

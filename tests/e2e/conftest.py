@@ -219,6 +219,8 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     """Starts `python ARGS...` in a process of its own, as a user would."""
     common = os.environ | {
+        # Some are killed, and would leave half a program in the folder that all tests share.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9",
         "PYTHONUNBUFFERED": "1",  # what a process said before it was killed is heard
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
