@@ -6,7 +6,6 @@ killed worker are free at once. So workers may start and stop at any time. The l
 contact sheets and the manifest. Neither depends on which worker wrote a video, or when.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tav_jax.console import say
+from tav_jax.digests import sha256
 from tav_jax.errors import UserError
 from tav_jax.files import atomic_write, claim, remove_lock
 from tav_jax.parallel.sharding import on_mesh
@@ -181,8 +181,7 @@ def manifest_row(
         if known.get("bytes") == size and video.stat().st_mtime_ns < written:
             digest = known["sha256"]
         else:
-            with video.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256(video)
     settings = {name: value for name, value in sample.to_record().items() if name != "name_seed"}
     files = {"video": name, "bytes": size, "sha256": digest}
     return {"run": str(job.run.folder), **settings, **files}

@@ -16,6 +16,7 @@ import PIL
 from jaxtyping import UInt8
 from pydantic.dataclasses import dataclass
 
+from tav_jax.digests import sha256
 from tav_jax.errors import UserError
 from tav_jax.files import atomic_write
 from tav_jax.pretrained.model import model_files
@@ -26,9 +27,6 @@ from tav_jax.video.images import is_image
 
 T = TypeVar("T")
 
-# Bytes that are digested at once. After each this thread waits for its turn among Python's, for up
-# to 5 ms: with small pieces it would take minutes while the main thread traces programs.
-CHUNK = 2**25
 MOST_NAMES = 3  # of files that a message lists
 
 
@@ -117,17 +115,13 @@ def digest_model(
     Raises:
         UserError: Files are missing, or are none.
     """
-    digests, buffer = {}, memoryview(bytearray(CHUNK))
+    digests = {}
     for path in model_files(folder, variant):
         require_file(path)
         name, stat = path.relative_to(folder).as_posix(), path.stat()
         old = known.get(name)
         if old is None or (old.size, old.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
-            sha256 = hashlib.sha256()
-            with path.open("rb", buffering=0) as file:
-                while count := file.readinto(buffer):
-                    sha256.update(buffer[:count])
-            old = FileDigest(sha256.hexdigest(), stat.st_size, stat.st_mtime_ns)
+            old = FileDigest(sha256(path), stat.st_size, stat.st_mtime_ns)
         digests[name] = old
     return digests
 

@@ -10,7 +10,6 @@ from tav_jax.runs.config import (
     cut_off,
     load_config,
     parse_config,
-    require_end,
 )
 from tav_jax.settings import flatten
 
@@ -26,7 +25,6 @@ def read_record(path: Path) -> TuneConfig:
         UserError: It is cut off, or not such a file. Missing keys never get default values, unless
             the run is older than the key.
     """
-    require_end(path)
     text = read_text(path)
     if not text.startswith(f"{FIRST_LINE}\n"):
         tree = read_yaml(path, "config.yaml")

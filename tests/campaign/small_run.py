@@ -25,14 +25,14 @@ BASE = Path(__file__).parents[1] / "golden/base"
 STEPS = 4
 
 
-def write_config(folder: Path) -> Path:
-    """Writes a clip and a config whose `output_dir` is `folder/run`; returns the config."""
+def settings_of_a_run(folder: Path, model: Path) -> dict:
+    """Writes a clip of two frames to `folder/clip`; returns settings of a run in `folder/run`."""
     (folder / "clip").mkdir(parents=True)
     for index in range(2):
         image = Image.fromarray(np.full((32, 32, 3), 40 + 80 * index, np.uint8))
         image.save(folder / f"clip/{index}.png")
-    settings = {
-        "pretrained_model_path": str(BASE),
+    return {
+        "pretrained_model_path": str(model),
         "output_dir": str(folder / "run"),
         "train_data": {
             "video_path": str(folder / "clip"),
@@ -41,11 +41,15 @@ def write_config(folder: Path) -> Path:
             "width": 32,
             "height": 32,
         },
-        "validation_data": {
-            "prompts": ["a circle"],
-            "num_inference_steps": 2,
-            "num_inv_steps": 2,
-        },
+        "validation_data": {"num_inference_steps": 2, "num_inv_steps": 2},
+    }
+
+
+def write_config(folder: Path) -> Path:
+    """Writes a clip and a config whose `output_dir` is `folder/run`; returns the config."""
+    settings = settings_of_a_run(folder, BASE)
+    settings["validation_data"]["prompts"] = ["a circle"]
+    settings |= {
         "max_train_steps": STEPS,
         "checkpointing_steps": 1,
         "validation_steps": STEPS,

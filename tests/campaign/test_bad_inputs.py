@@ -19,8 +19,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
 from safetensors.numpy import load_file, save_file
+from small_run import settings_of_a_run
 
 from tav_jax import batch, sample, tune
 from tav_jax.bench import __main__ as bench
@@ -45,23 +45,7 @@ def material(tmp_path_factory):
     """A folder with a model, a clip, a config and a run; not to be written to."""
     folder = tmp_path_factory.mktemp("material")
     shutil.copytree(BASE, folder / "model")
-    (folder / "clip").mkdir()
-    for index in range(2):
-        image = Image.fromarray(np.full((32, 32, 3), 80 * index, np.uint8))
-        image.save(folder / f"clip/{index}.png")
-    settings = {
-        "pretrained_model_path": str(folder / "model"),
-        "output_dir": str(folder / "run"),
-        "train_data": {
-            "video_path": str(folder / "clip"),
-            "prompt": "a square",
-            "n_sample_frames": 2,
-            "width": 32,
-            "height": 32,
-        },
-        "validation_data": {"num_inference_steps": 2, "num_inv_steps": 2},
-        "max_train_steps": 1,
-    }
+    settings = settings_of_a_run(folder, folder / "model") | {"max_train_steps": 1}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     (folder / "run").mkdir()
     (folder / "run/config.yaml").write_text(dump_config(parse_config(settings)))

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from PIL import ImageDraw
 
+from tav_jax.worlds.figures.poses import Number, Point
+
 ZOOM = 4  # canvas pixels in an image pixel, along each axis
 
 Colour = tuple[int, int, int]
-Number = float | int
-Point = tuple[Number, Number]
 
 INK = (24, 22, 26)
 PENCIL = (74, 72, 78)

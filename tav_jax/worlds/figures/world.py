@@ -3,12 +3,12 @@
 Lengths are in pixels of the image, which is 64 wide and high. (0, 0) is its top left corner.
 """
 
-from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
+
+from tav_jax.worlds.captions import choose_form
 
 SIZE = 64
 
@@ -231,13 +231,12 @@ FORMS = {
     (False, True, True): 0.08,
     (True, False, False): 0.06,
 }
-_UP_TO = list(accumulate(FORMS.values()))
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Return a random caption that is true of any frame of the scene, as often as `FORMS` says."""
     form, verb_phrase, background_phrase, link = rng.random(4).tolist()
-    subject, verb, background = list(FORMS)[min(bisect(_UP_TO, form), len(FORMS) - 1)]
+    subject, verb, background = choose_form(FORMS, form)
     return describe(
         scene,
         subject=subject,

@@ -5,12 +5,12 @@ top left corner.
 """
 
 import math
-from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
+
+from tav_jax.worlds.captions import choose_form
 
 SIZE = 32
 
@@ -248,7 +248,6 @@ FORMS = {
     (False, True, True, False): 0.04,
     (True, False, True, False): 0.04,
 }
-_UP_TO = list(accumulate(FORMS.values()))
 
 WORDS = tuple(
     sorted(
@@ -263,7 +262,7 @@ WORDS = tuple(
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Return a random caption that is true of any frame of the scene, as often as `FORMS` says."""
     form, phrase, link = rng.random(3).tolist()
-    colour, subject, motion, background = list(FORMS)[min(bisect(_UP_TO, form), len(FORMS) - 1)]
+    colour, subject, motion, background = choose_form(FORMS, form)
     return describe(
         scene,
         subject=subject,
