@@ -40,7 +40,8 @@ def lock_run(folder: Path) -> Iterator[None]:
         UserError: Another process has the lock.
     """
     files = (folder / HOLDER).absolute(), (folder / LOCK).absolute()
-    lock = FileLock(folder / LOCK)
+    # Without locks we warn; a file in their place would outlive a killed process.
+    lock = FileLock(folder / LOCK, fallback_to_soft=False)
     created: list[Path] = []
     is_ours = True
     if is_main_process():
