@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32
 
 from tav_jax.console import say
 from tav_jax.models.network import Network
@@ -19,14 +19,8 @@ from tav_jax.video.write import to_frames
 from tav_jax.worlds.recipe import Recipe, Stream, generator
 from tav_jax.worlds.training_loop import Stage, init_or_restore, train
 from tav_jax.worlds.training_set import TrainingSet
+from tav_jax.worlds.world import Images, Silhouettes, World
 
-Images = UInt8[np.ndarray, "n H W 3"]
-
-# Weight of a foreground pixel's error. A background pixel's has weight 1.
-FOREGROUND_WEIGHT = 4.0
-# A foreground pixel differs from the image's median colour by more than this in some channel, in
-# levels of 255.
-FOREGROUND_DISTANCE = 60
 INITIAL_LOGVAR = -4.0
 # Standard deviations of the latent channels after normalisation, 1 together (root mean square).
 # The silhouette has the largest, so that sampling settles a subject's place before its colour.
@@ -60,6 +54,7 @@ class Evaluation(NamedTuple):
 
 
 def train_autoencoder(
+    world: World,
     recipe: Recipe,
     vae: Network[AutoencoderKL],
     training_set: TrainingSet,
@@ -70,6 +65,7 @@ def train_autoencoder(
     """Train an autoencoder and normalise its latents.
 
     Args:
+        world: Gives the weight of each pixel's error.
         recipe: The numbers of the training.
         vae: The untrained autoencoder.
         training_set: Its frames are used as separate images.
@@ -99,7 +95,9 @@ def train_autoencoder(
         kl_weight=recipe.kl_weight,
         silhouette_weight=recipe.silhouette_weight,
     )
-    make_batch = partial(draw_batch, images=images, silhouettes=silhouettes, recipe=recipe)
+    make_batch = partial(
+        draw_batch, world=world, images=images, silhouettes=silhouettes, recipe=recipe
+    )
     reconstruct_jit = jax.jit(reconstruct)
     pixel_values = to_pixel_values(evaluation.images)[:, None]
 
@@ -168,29 +166,22 @@ def autoencoder_loss(
 
 
 def draw_batch(
-    step: int, *, images: Images, silhouettes: Float32[np.ndarray, "n h w"], recipe: Recipe
+    step: int, *, world: World, images: Images, silhouettes: Silhouettes, recipe: Recipe
 ) -> Batch:
     """Return the random batch of a training step.
 
     Args:
         step: Number of the step.
+        world: Gives the weight of each pixel's error.
         images: All images of the training set.
         silhouettes: Their silhouettes.
         recipe: Gives the seed and the size of the batch.
     """
     rng = generator(recipe.seed, Stream.AUTOENCODER_BATCH, step)
     indices = rng.integers(len(images), size=recipe.vae_batch)
-    chosen = images[indices]
-    weight = foreground_weight(chosen)[:, None]
-    return Batch(to_pixel_values(chosen)[:, None], weight, silhouettes[indices, None])
-
-
-def foreground_weight(images: Images) -> Float32[np.ndarray, "n H W 1"]:
-    """Return the weight of each pixel's error."""
-    median = np.median(images, axis=(1, 2), keepdims=True)
-    distance = np.abs(images.astype(np.float32) - median).max(-1, keepdims=True)
-    weight = 1 + (FOREGROUND_WEIGHT - 1) * (distance > FOREGROUND_DISTANCE)
-    return weight.astype(np.float32)
+    chosen, covered = images[indices], silhouettes[indices]
+    weight = world.pixel_weights(chosen, covered)
+    return Batch(to_pixel_values(chosen)[:, None], weight[:, None], covered[:, None])
 
 
 def reconstruct(

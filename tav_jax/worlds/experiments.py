@@ -60,7 +60,7 @@ from tav_jax.worlds.recorded_settings import differ_from_recorded, record_settin
 from tav_jax.worlds.report import Record, write_report
 from tav_jax.worlds.tiny_scenes.drawing import render
 from tav_jax.worlds.tiny_scenes.edits import Edit, edits_of, source_prompt
-from tav_jax.worlds.tiny_scenes.world import CLIPS, SIZE
+from tav_jax.worlds.tiny_scenes.scenes import CLIPS, SIZE
 
 
 @dataclass(frozen=True, config=STRICT)

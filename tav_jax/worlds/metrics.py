@@ -7,7 +7,7 @@ from jaxtyping import Float, UInt8
 
 from tav_jax.worlds.tiny_scenes.detector import Reading, read_frame
 from tav_jax.worlds.tiny_scenes.drawing import cover, truth
-from tav_jax.worlds.tiny_scenes.world import ATTRIBUTES, SIZE, TAUGHT_STYLES, Scene
+from tav_jax.worlds.tiny_scenes.scenes import ATTRIBUTES, SIZE, TAUGHT_STYLES, Scene
 
 Frames = UInt8[np.ndarray, "f H W 3"]
 

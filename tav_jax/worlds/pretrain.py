@@ -1,4 +1,4 @@
-"""python -m tav_jax.worlds.pretrain: train the base model `tiny-scenes` from nothing.
+"""python -m tav_jax.worlds.pretrain: train the base model of a drawn world from nothing.
 
 First the autoencoder is trained, then the text encoder and the U-Net together. The result is a
 Stable Diffusion folder. Each stage resumes from its newest checkpoint and writes its training curve
@@ -7,7 +7,7 @@ to `metrics.jsonl`.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,45 +23,46 @@ from tav_jax.video.sheets import contact_sheet
 from tav_jax.video.write import write_image
 from tav_jax.worlds.autoencoder import Evaluation, train_autoencoder
 from tav_jax.worlds.diffusion import train_diffusion
+from tav_jax.worlds.networks import init_autoencoder, init_model, scheduler_config
 from tav_jax.worlds.recipe import Recipe, Stream, generator, training_keys
 from tav_jax.worlds.recorded_settings import differ_from_recorded, record_settings
 from tav_jax.worlds.text_to_image import accuracy, draw_scenes, in_words
-from tav_jax.worlds.tiny_scenes.drawing import render_batch
-from tav_jax.worlds.tiny_scenes.networks import init_autoencoder, init_model, scheduler_config
-from tav_jax.worlds.tiny_scenes.training_set import make_training_set
-from tav_jax.worlds.tiny_scenes.world import TAUGHT_STYLES, describe, sample_scenes
+from tav_jax.worlds.training_set import make_training_set
+from tav_jax.worlds.world import World
+from tav_jax.worlds.worlds import WORLDS
 
 NUM_RECONSTRUCTED = 512  # images that the autoencoder is judged on
 
 
 def pretrain(recipe: Recipe, output_dir: Path) -> None:
-    """Run all stages, and write the model in float16 to `output_dir/tiny-scenes`.
+    """Run all stages, and write the model in float16 to a folder of its name in `output_dir`.
 
     Raises:
         UserError: The folder holds a training of another recipe.
     """
     claim_folder(output_dir, recipe)
-    keys = training_keys(recipe.seed)
-    training_set = make_training_set(recipe)
+    world, keys = WORLDS[recipe.world], training_keys(recipe.seed)
+    training_set = make_training_set(world, recipe)
     vae = train_autoencoder(
+        world,
         recipe,
-        init_autoencoder(keys),
+        init_autoencoder(world, keys),
         training_set,
-        reconstruction_evaluation(recipe),
+        reconstruction_evaluation(world, recipe),
         output_dir / "autoencoder",
         keys.autoencoder_steps,
     )
     folder = output_dir / "diffusion"
     model = train_diffusion(
         recipe,
-        init_model(recipe, keys, vae, folder / "tokenizer"),
+        init_model(world, recipe, keys, vae, folder / "tokenizer"),
         training_set,
-        partial(evaluate_drawing, recipe=recipe, sheet=folder / "pictures.png"),
+        partial(evaluate_drawing, world=world, recipe=recipe, sheet=folder / "pictures.png"),
         folder,
         keys.diffusion_steps,
     )
-    save_model(output_dir / "tiny-scenes", to_float16(model), scheduler_config(recipe))
-    say(f"wrote {output_dir / 'tiny-scenes'}")
+    save_model(output_dir / world.model, to_float16(model), scheduler_config(recipe))
+    say(f"wrote {output_dir / world.model}")
 
 
 def claim_folder(output_dir: Path, recipe: Recipe) -> None:
@@ -77,19 +78,20 @@ def claim_folder(output_dir: Path, recipe: Recipe) -> None:
     record_settings(record, recipe)
 
 
-def reconstruction_evaluation(recipe: Recipe) -> Evaluation:
+def reconstruction_evaluation(world: World, recipe: Recipe) -> Evaluation:
     """Return images of any scenes, and how detectors judge their reconstructions."""
     rng = generator(recipe.seed, Stream.AUTOENCODER_EVALUATION)
-    scenes = sample_scenes(rng, NUM_RECONSTRUCTED, held_out=None, styles=TAUGHT_STYLES)
-    images = render_batch(scenes, rng.random(NUM_RECONSTRUCTED))
-    return Evaluation(images, lambda decoded: in_words(accuracy(scenes, decoded)))
+    scenes = world.sample_scenes(rng, NUM_RECONSTRUCTED, held_out=None)
+    images, _ = world.draw(scenes, rng.random(NUM_RECONSTRUCTED))
+    return Evaluation(images, lambda decoded: in_words(accuracy(world, scenes, decoded)))
 
 
-def evaluate_drawing(model: Model, *, recipe: Recipe, sheet: Path) -> str:
+def evaluate_drawing(model: Model, *, world: World, recipe: Recipe, sheet: Path) -> str:
     """Return how often a model draws what prompts name, and write some images to a sheet.
 
     Args:
         model: The model to judge.
+        world: The world that it was trained on.
         recipe: Gives the number of images, the guidance scale and the seed.
         sheet: The image file of the sheet.
     """
@@ -97,15 +99,16 @@ def evaluate_drawing(model: Model, *, recipe: Recipe, sheet: Path) -> str:
     rows: dict[str, np.ndarray] = {}
     for pairs in ("seen", "held-out"):
         scenes, images = draw_scenes(
+            world,
             model,
             recipe.probe,
             recipe.guidance_scale,
             held_out=pairs == "held-out",
             seed=recipe.seed,
         )
-        lines.append(f"{pairs} pairs: {in_words(accuracy(scenes, images))}")
+        lines.append(f"{pairs} pairs: {in_words(accuracy(world, scenes, images))}")
         rows |= {
-            f"{pairs} pairs: {describe(scenes[start])} ...": images[start : start + 8]
+            f"{pairs} pairs: {world.describe(scenes[start])} ...": images[start : start + 8]
             for start in range(0, min(len(scenes), 24), 8)
         }
     write_image(sheet, contact_sheet(rows))
@@ -131,14 +134,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = Parser(
         prog="python -m tav_jax.worlds.pretrain",
-        description="Train the small base model from nothing. Run the same command again to "
+        description="Train a small base model from nothing. Run the same command again to "
         "resume an interrupted training.",
         epilog="example: python -m tav_jax.worlds.pretrain --output-dir outputs/pretrain seed=1",
     )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/pretrain"), metavar="DIR")
+    parser.add_argument("--world", choices=WORLDS, default="tiny-scenes", help="(tiny-scenes)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values of the recipe")
     args = parser.parse_args(argv)
-    recipe = parse(Recipe, override({}, args.overrides, Recipe), "recipe")
+    numbers = asdict(WORLDS[args.world].recipe)
+    recipe = parse(Recipe, override(numbers, args.overrides, Recipe), "recipe")
     pretrain(recipe, args.output_dir)
 
 

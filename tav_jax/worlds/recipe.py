@@ -21,7 +21,7 @@ from tav_jax.settings import (
 )
 from tav_jax.types import PRNGKey
 
-MOST_IMAGES = 10**6  # 3 GB
+MOST_IMAGES = 250_000  # 3 GB of 64x64
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -29,6 +29,7 @@ class Recipe:
     """Numbers of the training. The defaults made the shipped `tiny-scenes`.
 
     Args:
+        world: The world to train on.
         seed: Seed of everything random.
         scenes: Number of scenes in the training set.
         frames_per_scene: Number of times at which each scene is drawn.
@@ -54,6 +55,7 @@ class Recipe:
         checkpointing_steps: Steps between checkpoints. Each checkpoint is evaluated.
     """
 
+    world: Literal["tiny-scenes", "figures"] = "tiny-scenes"
     seed: Seed = 0
     scenes: Count = 16_000
     frames_per_scene: BatchSize = 4

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
 
 from tav_jax.console import Parser, command, say
 from tav_jax.pipeline import decode_latents, random_latents, sample_latents
@@ -13,20 +12,15 @@ from tav_jax.pretrained.model import Model, load_model
 from tav_jax.settings import Count, GuidanceScale, StepsFromZero, check_options
 from tav_jax.video.sheets import contact_sheet
 from tav_jax.video.write import to_frames, write_image
-from tav_jax.worlds.tiny_scenes.detector import read_frame
-from tav_jax.worlds.tiny_scenes.world import (
-    ATTRIBUTES,
-    SIZE,
-    TAUGHT_STYLES,
-    Scene,
-    describe,
-    sample_scenes,
-)
+from tav_jax.worlds.world import Images, Scene, World
+from tav_jax.worlds.worlds import WORLDS
 
 BATCH_SIZE = 100  # images that are sampled at once
 
 
-def draw(model: Model, prompts: Sequence[str], guidance_scale: float, seed: int) -> np.ndarray:
+def draw(
+    world: World, model: Model, prompts: Sequence[str], guidance_scale: float, seed: int
+) -> Images:
     """Return an image for each prompt, sampled from random noise in 50 steps."""
     images = []
     for start in range(0, len(prompts), BATCH_SIZE):
@@ -34,7 +28,7 @@ def draw(model: Model, prompts: Sequence[str], guidance_scale: float, seed: int)
         seeds = [seed * 1_000_000 + start + index for index in range(len(few))]
         latents = sample_latents(
             model,
-            random_latents(model, seeds, 1, SIZE, SIZE),
+            random_latents(model, seeds, 1, world.size, world.size),
             few,
             guidance_scale=guidance_scale,
         )
@@ -42,24 +36,12 @@ def draw(model: Model, prompts: Sequence[str], guidance_scale: float, seed: int)
     return np.concatenate(images)
 
 
-def accuracy(scenes: Sequence[Scene], frames: UInt8[np.ndarray, "n H W 3"]) -> dict[str, float]:
-    """Return, for each attribute, the share of images that show their scene's value.
-
-    An image in which no subject is recognised counts as wrong.
-    """
-    seen = read_frame(frames, styles=TAUGHT_STYLES)
+def accuracy(world: World[Scene], scenes: Sequence[Scene], images: Images) -> dict[str, float]:
+    """Return, for each attribute, the share of images that show their scene's value."""
+    seen = world.read(images)
     return {
-        name: float(
-            np.mean(
-                [
-                    bool(present) and names[index] == getattr(scene, name)
-                    for scene, index, present in zip(
-                        scenes, getattr(seen, name).tolist(), seen.present, strict=True
-                    )
-                ]
-            )
-        )
-        for name, names in ATTRIBUTES.items()
+        name: float(np.mean([names.index(getattr(scene, name)) for scene in scenes] == seen[name]))
+        for name, names in world.attributes.items()
     }
 
 
@@ -69,21 +51,28 @@ def in_words(accuracies: dict[str, float]) -> str:
 
 
 def draw_scenes(
-    model: Model, count: int, guidance_scale: float, *, held_out: bool, seed: int
-) -> tuple[list[Scene], UInt8[np.ndarray, "n H W 3"]]:
+    world: World[Scene],
+    model: Model,
+    count: int,
+    guidance_scale: float,
+    *,
+    held_out: bool,
+    seed: int,
+) -> tuple[list[Scene], Images]:
     """Return random scenes, and the images that a model draws from their full prompts.
 
     Args:
+        world: The world that the model was trained on.
         model: The model.
         count: Number of scenes.
         guidance_scale: Weight of the guidance.
-        held_out: Use only pairs of subject and colour that were held out of training, or only
-            the others.
+        held_out: Use only pairs of attributes that were held out of training, or only the others.
         seed: Seed of the scenes and of the noise.
     """
     rng = np.random.default_rng((seed, held_out))
-    scenes = sample_scenes(rng, count, held_out=held_out, styles=TAUGHT_STYLES)
-    return scenes, draw(model, [describe(scene) for scene in scenes], guidance_scale, seed)
+    scenes = world.sample_scenes(rng, count, held_out=held_out)
+    prompts = [world.describe(scene) for scene in scenes]
+    return scenes, draw(world, model, prompts, guidance_scale, seed)
 
 
 @command
@@ -95,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "the images what the captions name.",
         epilog="example: python -m tav_jax.worlds.text_to_image --guidance-scale 2 3 5",
     )
-    parser.add_argument("--model", default="tiny-scenes", help="folder or name (tiny-scenes)")
+    parser.add_argument("--world", choices=WORLDS, default="tiny-scenes", help="(tiny-scenes)")
+    parser.add_argument("--model", help="folder or name (the world's own)")
     parser.add_argument("--count", type=int, default=500, help="captions of each kind (500)")
     parser.add_argument("--guidance-scale", type=float, nargs="+", default=[3.0], metavar="SCALE")
     parser.add_argument("--seed", type=int, default=1)
@@ -106,16 +96,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("--seed", StepsFromZero, args.seed),
         *(("--guidance-scale", GuidanceScale, scale) for scale in args.guidance_scale),
     )
-    model = load_model(args.model, attention_scope="spatial")
+    world = WORLDS[args.world]
+    model = load_model(args.model or world.model, attention_scope="spatial")
     rows = {}
     for scale in args.guidance_scale:
         for held_out in (False, True):
             scenes, images = draw_scenes(
-                model, args.count, scale, held_out=held_out, seed=args.seed
+                world, model, args.count, scale, held_out=held_out, seed=args.seed
             )
             pairs = "held-out pairs" if held_out else "seen pairs"
-            say(f"guidance {scale:g}, {pairs}: {in_words(accuracy(scenes, images))}")
-            rows[f"guidance {scale:g}, {pairs}: {describe(scenes[0])} ..."] = images[:8]
+            say(f"guidance {scale:g}, {pairs}: {in_words(accuracy(world, scenes, images))}")
+            rows[f"guidance {scale:g}, {pairs}: {world.describe(scenes[0])} ..."] = images[:8]
     if args.sheet:
         write_image(args.sheet, contact_sheet(rows))
         say(f"wrote {args.sheet}")

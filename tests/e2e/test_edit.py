@@ -21,7 +21,7 @@ from tav_jax.training.train_step import denoising_loss, draw_batch
 from tav_jax.worlds.metrics import measure
 from tav_jax.worlds.tiny_scenes.drawing import render
 from tav_jax.worlds.tiny_scenes.edits import edits_of, source_prompt
-from tav_jax.worlds.tiny_scenes.world import CLIPS
+from tav_jax.worlds.tiny_scenes.scenes import CLIPS
 
 CLIP = CLIPS["circle-right"]
 STEPS = 40

@@ -14,7 +14,7 @@ from tav_jax.worlds import pretrain
 from tav_jax.worlds.autoencoder import LATENT_DEVIATIONS, normalise_latents
 from tav_jax.worlds.text_to_image import draw
 from tav_jax.worlds.tiny_scenes.networks import VAE
-from tav_jax.worlds.tiny_scenes.world import SIZE, WORDS
+from tav_jax.worlds.tiny_scenes.scenes import SIZE, WORDS
 
 FEW = (
     *("scenes=24", "vae_steps=4", "vae_batch=4", "steps=4", "batch=8"),

@@ -6,7 +6,7 @@ import pytest
 
 from tav_jax.worlds.figures.drawing import centre, cover, draw_batch, render, truth, visible_phase
 from tav_jax.worlds.figures.poses import LOWER_ARM, SHIN, THIGH, TORSO, UPPER_ARM, pose
-from tav_jax.worlds.figures.world import (
+from tav_jax.worlds.figures.scenes import (
     BACKGROUNDS,
     CLIPS,
     CLOTHES,

@@ -9,7 +9,7 @@ from tav_jax.worlds.metrics import measure
 from tav_jax.worlds.report import EDITS, Measure, bootstrap, summarise, write_report
 from tav_jax.worlds.tiny_scenes.drawing import render
 from tav_jax.worlds.tiny_scenes.edits import edits_of
-from tav_jax.worlds.tiny_scenes.world import ATTRIBUTES, CLIPS
+from tav_jax.worlds.tiny_scenes.scenes import ATTRIBUTES, CLIPS
 
 CLIP = CLIPS["circle-right"]
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tav_jax.worlds.tiny_scenes.detector import read_frame
 from tav_jax.worlds.tiny_scenes.drawing import place, render, render_batch, truth
-from tav_jax.worlds.tiny_scenes.world import (
+from tav_jax.worlds.tiny_scenes.scenes import (
     BACKGROUNDS,
     CLIPS,
     COLOURS,

@@ -22,7 +22,7 @@ from tav_jax.worlds.figures.painting import (
     polygon,
     tint_background,
 )
-from tav_jax.worlds.figures.world import BACKGROUNDS, SIZE, WIDEST_PAN
+from tav_jax.worlds.figures.scenes import BACKGROUNDS, SIZE, WIDEST_PAN
 
 WIDTH = SIZE + 2 * WIDEST_PAN
 HORIZON = 41.0

@@ -16,7 +16,7 @@ from tav_jax.worlds.figures.backgrounds import panorama
 from tav_jax.worlds.figures.bodies import parts
 from tav_jax.worlds.figures.painting import LOOKS, ZOOM, Point, Shape, outline_of, paint, tint
 from tav_jax.worlds.figures.poses import Pose, along, pose
-from tav_jax.worlds.figures.world import SIZE, SLOPE, STEPS_PER_PERIOD, WIDEST_PAN, Scene
+from tav_jax.worlds.figures.scenes import SIZE, SLOPE, STEPS_PER_PERIOD, WIDEST_PAN, Scene
 
 SHADOW = 0.38  # how much darker the ground is under a figure
 

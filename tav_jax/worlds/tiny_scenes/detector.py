@@ -22,7 +22,7 @@ from tav_jax.worlds.tiny_scenes.drawing import (
     STRIPE_SHADE,
     cover,
 )
-from tav_jax.worlds.tiny_scenes.world import BACKGROUNDS, COLOURS, MEASURES, SIZE, STYLES, SUBJECTS
+from tav_jax.worlds.tiny_scenes.scenes import BACKGROUNDS, COLOURS, MEASURES, SIZE, STYLES, SUBJECTS
 
 Pixels = Float32[np.ndarray, "n H W 3"]
 Field = Float32[np.ndarray, "n H W"]

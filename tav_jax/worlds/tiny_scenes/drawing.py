@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64, Integer, UInt8, UInt32
 
 from tav_jax.errors import UserError
-from tav_jax.worlds.tiny_scenes.world import (
+from tav_jax.worlds.tiny_scenes.scenes import (
     ARM,
     BACKGROUNDS,
     COLOURS,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tav_jax.worlds.tiny_scenes.world import ATTRIBUTES, SUBJECTS, TAUGHT_STYLES, Scene, describe
+from tav_jax.worlds.tiny_scenes.scenes import ATTRIBUTES, SUBJECTS, TAUGHT_STYLES, Scene, describe
 
 TAUGHT = ATTRIBUTES | {"style": TAUGHT_STYLES}
 

@@ -1,0 +1,75 @@
+"""What a drawn world offers to train a base model on it and to measure one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+from jaxtyping import Float, Float32, Int, UInt8
+
+from tav_jax.models.clip import CLIPTextConfig
+from tav_jax.models.unet import UNetConfig
+from tav_jax.models.vae import VAEConfig
+from tav_jax.worlds.recipe import Recipe
+
+Scene = TypeVar("Scene")
+"""A world's description of one clip."""
+
+Images = UInt8[np.ndarray, "n H W 3"]
+Silhouettes = Float32[np.ndarray, "n h w"]
+"""The share of each latent pixel that an image's subject covers, from 0 to 1."""
+
+
+class SampleScenes(Protocol[Scene]):
+    """Draws random scenes, of any kind that the base model is taught."""
+
+    def __call__(self, rng: np.random.Generator, n: int, *, held_out: bool | None) -> list[Scene]:
+        """Return random scenes.
+
+        Args:
+            rng: Source of randomness.
+            n: Number of scenes.
+            held_out: False for none of the pairs of attributes that are kept out of training, True
+                for only those, None for any pair.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class World(Generic[Scene]):
+    """A drawn world.
+
+    Args:
+        model: Name of the base model that is trained on it.
+        size: Width and height of its images.
+        recipe: The numbers of that training.
+        vae: Shape of the autoencoder.
+        unet: Shape of the U-Net.
+        text_encoder: Shape of the text encoder. The tokenizer decides the size of its vocabulary.
+        words: Every word of every caption.
+        attributes: The values of each attribute of a scene, by the attribute's name.
+        sample_scenes: See `SampleScenes`.
+        training_scenes: Returns this many random scenes to train on.
+        draw: Returns an image of each scene at its time from 0 to 1, and the subject's silhouette.
+        describe: Returns the prompt that names everything in a scene.
+        caption: Returns a random caption that is true of any frame of a scene.
+        pixel_weights: Returns the weight of each pixel's error in the autoencoder's training.
+        read: Returns, for each attribute, the index of the value that each image shows, or -1 if
+            no subject is recognised.
+    """
+
+    model: str
+    size: int
+    recipe: Recipe
+    vae: VAEConfig
+    unet: UNetConfig
+    text_encoder: CLIPTextConfig
+    words: Sequence[str]
+    attributes: Mapping[str, Sequence[str]]
+    sample_scenes: SampleScenes[Scene]
+    training_scenes: Callable[[np.random.Generator, int], list[Scene]]
+    draw: Callable[[Sequence[Scene], Float[np.ndarray, "n"]], tuple[Images, Silhouettes]]
+    describe: Callable[[Scene], str]
+    caption: Callable[[Scene, np.random.Generator], str]
+    pixel_weights: Callable[[Images, Silhouettes], Float32[np.ndarray, "n H W 1"]]
+    read: Callable[[Images], Mapping[str, Int[np.ndarray, "n"]]]
