@@ -23,13 +23,13 @@ VIDEOS_BESIDE = 4
 
 GIF_WIDTH = 1600  # beyond it a GIF has tens of megabytes
 
-TINY, LEAST_SIDE = 64, 256  # pixels
+TINY, LEAST_SIDE = 96, 256  # pixels
 
 
 def shown(video: Frames) -> UInt8[np.ndarray, "f H2 W2 3"]:
     """Return a video as it is written: tiny frames are enlarged.
 
-    Players show 32 pixels as a speck, and an mp4 stores colour for every second pixel only.
+    Players show 64 pixels as a speck, and an mp4 stores colour for every second pixel only.
     """
     return enlarge(video, LEAST_SIDE) if min(video.shape[1:3]) < TINY else video
 

@@ -40,7 +40,7 @@ def contact_sheet(
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Return one image with a labelled row for each video, its frames evenly chosen.
 
-    Frames below 64 pixels are enlarged by a whole factor, so that they and the text can be seen.
+    Frames below 96 pixels are enlarged by a whole factor, so that they and the text can be seen.
     A label that the font cannot write is the number of its row, see `sheet_labels`.
 
     Args:
@@ -56,7 +56,7 @@ def contact_sheet(
             f"contact_sheet: needs rows of one frame size and columns >= 1, not {sizes}, {columns}"
         )
     labels, _ = sheet_labels(rows)
-    videos = [enlarge(video, 64) for video in rows.values()]
+    videos = [enlarge(video, 96) for video in rows.values()]
     height, width = videos[0].shape[1:3]
     columns = min(columns, max(map(len, videos)))
     gap = max(4, width // 48)

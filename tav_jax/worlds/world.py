@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
@@ -20,6 +20,7 @@ Silhouettes = Float32[np.ndarray, "n h w"]
 """The share of each latent pixel that an image's subject covers, from 0 to 1."""
 
 
+@runtime_checkable  # where tests check types
 class SampleScenes(Protocol[Scene]):
     """Draws random scenes, of any kind that the base model is taught."""
 

@@ -959,6 +959,7 @@ def test_frames_and_sides_that_are_too_large_together(refused):
 
 
 RECIPES = {
+    "world": ["moon", "3"],
     "seed": ["-1", "true", "many", "9" * 30],
     "scenes": ["0", "1000000000", "1.5", "[1]"],
     "frames_per_scene": ["0", "200", "many"],

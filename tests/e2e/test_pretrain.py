@@ -12,9 +12,11 @@ from tav_jax.models.vae import AutoencoderKL
 from tav_jax.pretrained.model import load_model, tokenize
 from tav_jax.worlds import pretrain
 from tav_jax.worlds.autoencoder import LATENT_DEVIATIONS, normalise_latents
+from tav_jax.worlds.figures.world import FIGURES
 from tav_jax.worlds.text_to_image import draw
 from tav_jax.worlds.tiny_scenes.networks import VAE
 from tav_jax.worlds.tiny_scenes.scenes import SIZE, WORDS
+from tav_jax.worlds.tiny_scenes.world import TINY_SCENES
 
 FEW = (
     *("scenes=24", "vae_steps=4", "vae_batch=4", "steps=4", "batch=8"),
@@ -42,7 +44,7 @@ def test_every_stage_leaves_its_curve_and_its_figure(trained):
 
 def test_the_folder_is_a_model_that_draws(trained):
     model = load_model(trained / "tiny-scenes")
-    image = draw(model, ["a red circle on grass"], 3.0, seed=0)
+    image = draw(TINY_SCENES, model, ["a red circle on grass"], 3.0, seed=0)
     assert image.shape == (1, SIZE, SIZE, 3)
     assert image.std() > 1
     assert all(value.dtype == np.float16 for value in weights(trained).values())
@@ -84,6 +86,22 @@ def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(trained, tmp_pat
 def test_wrong_arguments_end_in_a_line(trained, capsys, arguments, message):
     assert pretrain.main(["--output-dir", str(trained), *FEW, *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_other_world_makes_its_own_model(tmp_path, capsys):
+    few = ["scenes=8", "vae_steps=2", "vae_batch=2", "steps=2", "batch=4", "probe=2"]
+    assert pretrain.main(["--world", "figures", "--output-dir", str(tmp_path), *few]) == 0
+    assert "verb " in capsys.readouterr().out
+    folder = tmp_path / FIGURES.model
+    model = load_model(folder)
+    assert sum(x.size for x in model.unet.params.values()) <= 6e6
+    assert sum(file.stat().st_size for file in folder.rglob("*")) < 15e6
+    image = draw(FIGURES, model, ["a panda is skiing on the moon, cartoon style"], 3.0, seed=0)
+    assert image.shape == (1, FIGURES.size, FIGURES.size, 3)
+    for word in FIGURES.words:
+        assert len(model.tokenizer(word).input_ids) == 3, word
+    assert pretrain.main(["--output-dir", str(tmp_path), *few]) == 1
+    assert "another recipe" in capsys.readouterr().err
 
 
 def test_normalising_changes_latents_and_no_image():

@@ -195,9 +195,9 @@ def test_the_overviews_show_the_clip_and_all_edits(finished_run):
         assert np.abs(tile - video).mean() < 12
     with Image.open(folder / "contact-sheet.png") as image:
         sheet = np.asarray(image)
-    # Four rows of four frames, each enlarged to 64 pixels.
-    assert sheet.shape[1] >= 4 * 64
-    assert sheet.shape[0] >= 4 * 64
+    # Four rows of four frames, each enlarged to 96 pixels.
+    assert sheet.shape[1] >= 4 * 96
+    assert sheet.shape[0] >= 4 * 96
     assert sheet.std() > 1
 
 

@@ -560,18 +560,18 @@ def test_a_contact_sheet_has_a_labelled_row_for_each_video():
     ],
 )
 def test_a_contact_sheet_shows_frames_evenly_chosen(length, columns, expected):
-    sheet = contact_sheet({"": grey_ramp(length, 64, 64)}, columns=columns)
+    sheet = contact_sheet({"": grey_ramp(length, 96, 96)}, columns=columns)
     gap = 4
-    tiles = [sheet[-gap - 64 : -gap, gap + i * 68 :][:, :64] for i in range(len(expected))]
-    assert sheet.shape[1] == gap + len(expected) * 68
+    tiles = [sheet[-gap - 96 : -gap, gap + i * 100 :][:, :96] for i in range(len(expected))]
+    assert sheet.shape[1] == gap + len(expected) * 100
     assert indices_seen(np.stack(tiles)) == expected
 
 
 def test_small_frames_are_enlarged_without_blur():
     frames = np.random.default_rng(0).integers(0, 256, (2, 20, 24, 3), np.uint8)
-    sheet = contact_sheet({"tiny": frames})  # 64 / 20, rounded up, is 4.
-    tile = sheet[-4 - 80 : -4, 4 : 4 + 96]
-    np.testing.assert_array_equal(tile, np.kron(frames[0], np.ones((4, 4, 1), np.uint8)))
+    sheet = contact_sheet({"tiny": frames})  # 96 / 20, rounded up, is 5.
+    tile = sheet[-4 - 100 : -4, 4 : 4 + 120]
+    np.testing.assert_array_equal(tile, np.kron(frames[0], np.ones((5, 5, 1), np.uint8)))
 
 
 @pytest.mark.parametrize(
