@@ -1,7 +1,7 @@
-"""python -m tav_jax.worlds.experiments: the paper's comparisons, on the small base model.
+"""python -m tav_jax.worlds.experiments: the paper's comparisons, on a drawn world's base model.
 
-For each variant of the method, each clip and each seed it tunes, inverts, samples the prompts of
-`edits`, and measures each video. Results are written as they come, so the same command resumes an
+For each variant of the method, each clip and each seed it tunes, inverts, samples the clip's
+prompts, and measures each video. Results are written as they come, so the same command resumes an
 interrupted experiment. At the end it writes tables and plots.
 """
 
@@ -55,12 +55,11 @@ from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_opt
 from tav_jax.training.train_step import init_state
 from tav_jax.video.sheets import contact_sheet
 from tav_jax.video.write import to_frames, write_image
-from tav_jax.worlds.metrics import measure
+from tav_jax.worlds.recipe import WorldName
 from tav_jax.worlds.recorded_settings import differ_from_recorded, record_settings
 from tav_jax.worlds.report import Record, write_report
-from tav_jax.worlds.tiny_scenes.drawing import render
-from tav_jax.worlds.tiny_scenes.edits import Edit, edits_of, source_prompt
-from tav_jax.worlds.tiny_scenes.scenes import CLIPS, SIZE
+from tav_jax.worlds.world import Edit, World
+from tav_jax.worlds.worlds import WORLDS
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -102,8 +101,9 @@ class Experiment:
             compared with the first one.
         setting: What the variants have in common.
         sweep: The one setting in which the variants differ, if they are a scale of it.
-        pretrained_model_path: The base model.
-        clips: Names in the world's `CLIPS`.
+        world: The drawn world.
+        pretrained_model_path: The base model. The world's own if it is not given.
+        clips: Names of the world's clips. All of them if none is given.
         seeds: Each variant runs on each clip with each seed.
         frames: Number of frames of each clip.
     """
@@ -111,16 +111,22 @@ class Experiment:
     variants: dict[str, dict[str, Any]]
     setting: Setting = Field(default_factory=Setting)
     sweep: str | None = None
-    pretrained_model_path: PathText = "tiny-scenes"
-    clips: tuple[str, ...] = tuple(CLIPS)
+    world: WorldName = "tiny-scenes"
+    pretrained_model_path: PathText = ""
+    clips: tuple[str, ...] = ()
     seeds: tuple[Seed, ...] = (0, 1, 2)
     frames: Frames = 8
 
     def __post_init__(self) -> None:
-        unknown = [clip for clip in self.clips if clip not in CLIPS]
-        if unknown or not self.clips or not self.seeds or not self.variants:
+        world = WORLDS[self.world]
+        # Filled in here, so that a record says them and is compared by them.
+        object.__setattr__(self, "clips", self.clips or tuple(world.clips))
+        model = self.pretrained_model_path or world.model
+        object.__setattr__(self, "pretrained_model_path", model)
+        unknown = [clip for clip in self.clips if clip not in world.clips]
+        if unknown or not self.seeds or not self.variants:
             raise UserError(
-                f"clips, seeds and variants must be given, and clips be among {', '.join(CLIPS)}"
+                f"seeds and variants must be given, and clips be among {', '.join(world.clips)}"
                 + (f"; there is no {', '.join(unknown)}" if unknown else "")
             )
 
@@ -138,7 +144,7 @@ class Experiment:
 
 def experiment(config: Experiment, folder: Path) -> None:
     """Run what is not in `folder` yet, and then write the report."""
-    settings = config.settings()
+    settings, world = config.settings(), WORLDS[config.world]
     results = claim_results(folder, config)
     done = {(record["variant"], record["clip"], record["seed"]) for record in results}
     total = len(settings) * len(config.clips) * len(config.seeds)
@@ -156,19 +162,19 @@ def experiment(config: Experiment, folder: Path) -> None:
             group = list(names)
             tuned = Tuned(config, settings[group[0]])
             for clip, seed in product(config.clips, config.seeds):
-                frames, edits = tuned.frames(clip), edits_of(CLIPS[clip])
+                frames, edits = tuned.frames(clip), world.edits[clip]
                 missing = [name for name in group if (name, clip, seed) not in done]
                 missing.sort(key=lambda name: settings[name].max_train_steps)
                 steps = [settings[name].max_train_steps for name in missing]
                 for name, model in zip(missing, tuned.after(clip, seed, steps), strict=True):
                     videos = sample_edits(model, frames, edits, settings[name], seed)
-                    record = measure_all(name, clip, seed, edits, videos)
+                    record = measure_all(world, name, clip, seed, videos)
                     file.write(json.dumps(record) + "\n")
                     results.append(record)
                     if seed == config.seeds[0]:
                         keep_sheet(folder, name, clip, frames, edits, videos)
                     bar.update(1)
-    write_report(folder, results, list(settings), config.sweep)
+    write_report(folder, results, list(settings), config.sweep, world.attributes)
 
 
 def claim_results(folder: Path, config: Experiment) -> list[Record]:
@@ -198,6 +204,7 @@ class Tuned:
 
     def __init__(self, config: Experiment, setting: Setting):
         self.config, self.setting = config, setting
+        self.world = WORLDS[config.world]
         modules = list(TRAINABLE_MODULES)
         if not setting.temporal_attention:
             modules.remove("attn_temp")
@@ -223,7 +230,7 @@ class Tuned:
 
     def frames(self, clip: str) -> UInt8[np.ndarray, "f H W 3"]:
         """Return the frames of a clip."""
-        return render(CLIPS[clip], self.config.frames)
+        return self.world.render(self.world.clips[clip], self.config.frames)
 
     def after(self, clip: str, seed: int, steps: Sequence[int]) -> Iterator[Model]:
         """Yield the model after each of the given numbers of steps, in ascending order."""
@@ -231,7 +238,7 @@ class Tuned:
             return
         model = self.base(seed)
         moments = encode_frames(model, self.frames(clip))
-        context = encode_prompts(model, [source_prompt(CLIPS[clip])])
+        context = encode_prompts(model, [self.world.describe(self.world.clips[clip])])
         state, done = init_state(model.unet, self.optimizer, jax.random.key(seed)), 0
         for wanted in steps:
             for _ in range(wanted - done):
@@ -253,7 +260,7 @@ def sample_edits(
         latents = posterior_mean_latents(model, encode_frames(model, frames))
         noise = invert_latents(model, latents, num_inv_steps=setting.num_inv_steps)
     else:
-        noise = random_latents(model, [seed], len(frames), SIZE, SIZE)
+        noise = random_latents(model, [seed], *frames.shape[:3])
     latents = sample_latents(
         model,
         noise,
@@ -269,17 +276,18 @@ def sample_edits(
 
 
 def measure_all(
-    variant: str, clip: str, seed: int, edits: Sequence[Edit], videos: np.ndarray
+    world: World, variant: str, clip: str, seed: int, videos: UInt8[np.ndarray, "p f H W 3"]
 ) -> Record:
     """Return the record of a variant, a clip and a seed, with the metrics of each video."""
+    scene = world.clips[clip]
     return {
         "variant": variant,
         "clip": clip,
-        "motion": CLIPS[clip].motion,
+        "motion": world.motion(scene),
         "seed": seed,
         "videos": [
-            {"kind": edit.kind, "prompt": edit.prompt} | measure(video, CLIPS[clip], edit.asks)
-            for edit, video in zip(edits, videos, strict=True)
+            {"kind": edit.kind, "prompt": edit.prompt, **world.measure(video, scene, edit.asks)}
+            for edit, video in zip(world.edits[clip], videos, strict=True)
         ],
     }
 
@@ -305,8 +313,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, by default the process's own."""
     parser = Parser(
         prog="python -m tav_jax.worlds.experiments",
-        description="Compare variants of the method on the small base model. The same command "
-        "resumes an interrupted experiment, and writes the report again.",
+        description="Compare variants of the method on a drawn world's base model. The same "
+        "command resumes an interrupted experiment, and writes the report again.",
         epilog="example: python -m tav_jax.worlds.experiments "
         "--config configs/experiments/ablations.yaml",
     )

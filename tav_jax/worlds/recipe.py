@@ -21,6 +21,8 @@ from tav_jax.settings import (
 )
 from tav_jax.types import PRNGKey
 
+WorldName = Literal["tiny-scenes", "figures"]
+
 MOST_IMAGES = 250_000  # 3 GB of 64x64
 
 
@@ -55,7 +57,7 @@ class Recipe:
         checkpointing_steps: Steps between checkpoints. Each checkpoint is evaluated.
     """
 
-    world: Literal["tiny-scenes", "figures"] = "tiny-scenes"
+    world: WorldName = "tiny-scenes"
     seed: Seed = 0
     scenes: Count = 16_000
     frames_per_scene: BatchSize = 4

@@ -1,6 +1,6 @@
 """Write tables with intervals (Markdown) and plots (PNG) of measured videos."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,47 +35,56 @@ class Measure(NamedTuple):
 
 
 def _full(video: Mapping[str, Any]) -> bool:
-    return video["kind"] not in ("source", "open")
+    return not (_open(video) or _source(video))
+
+
+def _open(video: Mapping[str, Any]) -> bool:
+    return video["kind"] == "open"
+
+
+def _source(video: Mapping[str, Any]) -> bool:
+    return video["kind"] == "source"
 
 
 def _moves(video: Mapping[str, Any]) -> bool:
-    return _full(video) and video["motion"] != "growing"
+    return video["motion"] != "growing"
 
 
+def right_share(attribute: str) -> Measure:
+    """Return the column that says how often edits show what they ask for of an attribute."""
+    return Measure(f"{attribute} right", attribute, _full, "more")
+
+
+# A report leaves out the metrics that its world does not have.
 EDITS = [
-    Measure("subject right", "subject", _full, "more"),
-    Measure("colour right", "colour", _full, "more"),
-    Measure("background right", "background", _full, "more"),
-    Measure("style right", "style", _full, "more"),
     Measure("subject found", "found", _full, "more"),
-    Measure("motion: correlation", "correlation", _moves, "more"),
+    Measure("motion: correlation", "correlation", lambda v: _full(v) and _moves(v), "more"),
     Measure("motion: error, pixels", "error", _full, "less"),
+    Measure("motion: in phase", "phase", _full, "more"),
     Measure("change, levels", "change", _full, "less"),
 ]
 OPEN = [
-    Measure("what is said is right", "said", lambda v: v["kind"] == "open", "more"),
-    Measure("subject found", "found", lambda v: v["kind"] == "open", "more"),
-    Measure("change, levels", "change", lambda v: v["kind"] == "open", "less"),
-    Measure("flips", "flips", lambda v: v["kind"] == "open", "less"),
-    Measure(
-        "motion: correlation",
-        "correlation",
-        lambda v: v["kind"] == "open" and v["motion"] != "growing",
-        "more",
-    ),
+    Measure("what is said is right", "said", _open, "more"),
+    Measure("subject found", "found", _open, "more"),
+    Measure("change, levels", "change", _open, "less"),
+    Measure("flips", "flips", _open, "less"),
+    Measure("motion: correlation", "correlation", lambda v: _open(v) and _moves(v), "more"),
+    Measure("motion: in phase", "phase", _open, "more"),
 ]
 SOURCE = [
-    Measure("all right", "said", lambda v: v["kind"] == "source", "more"),
-    Measure("error, pixels", "error", lambda v: v["kind"] == "source", "less"),
-    Measure("motion: correlation", "correlation", lambda v: v["kind"] == "source", "more"),
-    Measure("change, levels", "change", lambda v: v["kind"] == "source", "less"),
+    Measure("all right", "said", _source, "more"),
+    Measure("error, pixels", "error", _source, "less"),
+    Measure("motion: correlation", "correlation", _source, "more"),
+    Measure("motion: in phase", "phase", _source, "more"),
+    Measure("change, levels", "change", _source, "less"),
 ]
-PLOTTED = [
-    ("edits: subject right", EDITS[0]),
-    ("edits: correlation with the clip's motion", EDITS[5]),
-    ("open prompts: change, levels", OPEN[2]),
-    ("source prompt: error, pixels", SOURCE[1]),
-]
+PLOTTED = {
+    "edits: subject right": right_share("subject"),
+    "edits: correlation with the clip's motion": EDITS[1],
+    "edits: in phase with the clip": EDITS[3],
+    "open prompts: change, levels": OPEN[2],
+    "source prompt: error, pixels": SOURCE[1],
+}
 
 
 class Interval(NamedTuple):
@@ -109,45 +118,69 @@ def summarise(records: Sequence[Record], measure: Measure) -> Interval | None:
     by_clip: dict[str, list[float]] = {}
     for record in records:
         for video in record["videos"]:
-            metrics = video | {"motion": record["motion"], "said": _said(video)}
+            metrics = video | {"motion": record["motion"]}
             if measure.selects(metrics) and metrics[measure.metric] is not None:
                 by_clip.setdefault(record["clip"], []).append(metrics[measure.metric])
     return bootstrap([float(np.mean(x)) for x in by_clip.values()]) if by_clip else None
 
 
-def _said(video: Mapping[str, Any]) -> float | None:
-    """Return the lowest accuracy among the attributes that a video's prompt names."""
-    asked = [video[name] for name in ("subject", "colour", "background", "style")]
-    return min((value for value in asked if value is not None), default=None)
-
-
 def write_report(
-    folder: Path, records: Sequence[Record], variants: Sequence[str], sweep: str | None
+    folder: Path,
+    records: Sequence[Record],
+    variants: Sequence[str],
+    sweep: str | None,
+    attributes: Iterable[str],
 ) -> None:
-    """Write `report.md` and its plot."""
+    """Write `report.md` and its plot.
+
+    Args:
+        folder: Where to write them.
+        records: What was measured.
+        variants: The names of the variants, in the order of the tables' rows.
+        sweep: The one setting in which the variants differ, if they are a scale of it.
+        attributes: The names of the world's attributes.
+    """
+    names = list(attributes)
+    records = [_with_said(record, names) for record in records]
     of = {name: [r for r in records if r["variant"] == name] for name in variants}
     first = of[variants[0]]
     clips, seeds = ({record[key] for record in first} for key in ("clip", "seed"))
     edits = sum(_full(video) for video in first[0]["videos"])
+    metrics = first[0]["videos"][0]
+    full, left_open, source = (
+        [measure for measure in measures if measure.metric in metrics]
+        for measures in ([*map(right_share, names), *EDITS], OPEN, SOURCE)
+    )
+    plotted = {title: m for title, m in PLOTTED.items() if m.metric in metrics}
     parts = [
         f"# {folder.name}",
         f"{len(clips)} clips, {len(seeds)} seeds, {edits} edits of each; means over clips, and "
         "95 % of their bootstrap (clips drawn with replacement).",
         f"![all variants]({folder.name}.png)",
         "## Edits by prompts that say everything",
-        table(of, EDITS),
+        table(of, full),
         f"## Kinds of edit: {variants[0]}",
-        table(_kinds(first), EDITS),
+        table(_kinds(first), full),
         "## Prompts that leave something open",
-        table(of, OPEN),
+        table(of, left_open),
         "## The clip's own caption",
-        table(of, SOURCE),
+        table(of, source),
     ]
     with atomic_write(folder / "report.md") as path:
         path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    figure = plot_sweep(of, sweep) if sweep else plot_variants(of)
+    figure = plot_sweep(of, plotted, sweep) if sweep else plot_variants(of, plotted)
     figure.savefig(folder / f"{folder.name}.png", dpi=110)
     plt.close(figure)
+
+
+def _with_said(record: Record, attributes: Sequence[str]) -> Record:
+    """Return the record, in which each video has the lowest share of what its prompt names."""
+
+    def said(video: Mapping[str, Any]) -> float | None:
+        asked = [video[name] for name in attributes]
+        return min((value for value in asked if value is not None), default=None)
+
+    return record | {"videos": [video | {"said": said(video)} for video in record["videos"]]}
 
 
 def _kinds(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -169,12 +202,12 @@ def table(rows: Mapping[str, Sequence[Record]], measures: Sequence[Measure]) -> 
     return "\n".join(lines)
 
 
-def plot_variants(of: Mapping[str, Sequence[Record]]) -> plt.Figure:
+def plot_variants(of: Mapping[str, Sequence[Record]], plotted: Mapping[str, Measure]) -> plt.Figure:
     """Return a row of panels that show each variant's interval, one below the other."""
     figure, panels = plt.subplots(
-        1, len(PLOTTED), figsize=(13, 1.4 + 0.34 * len(of)), sharey=True, layout="constrained"
+        1, len(plotted), figsize=(13, 1.4 + 0.34 * len(of)), sharey=True, layout="constrained"
     )
-    for panel, (title, measure) in zip(panels, PLOTTED, strict=True):
+    for panel, (title, measure) in zip(panels, plotted.items(), strict=True):
         for row, records in enumerate(of.values()):
             interval = summarise(records, measure)
             if interval is None:
@@ -190,11 +223,13 @@ def plot_variants(of: Mapping[str, Sequence[Record]]) -> plt.Figure:
     return figure
 
 
-def plot_sweep(of: Mapping[str, Sequence[Record]], sweep: str) -> plt.Figure:
+def plot_sweep(
+    of: Mapping[str, Sequence[Record]], plotted: Mapping[str, Measure], sweep: str
+) -> plt.Figure:
     """Return a row of panels: metrics against the setting that names the variants."""
-    figure, panels = plt.subplots(1, len(PLOTTED), figsize=(13, 3), layout="constrained")
+    figure, panels = plt.subplots(1, len(plotted), figsize=(13, 3), layout="constrained")
     ticks = np.arange(len(of))
-    for panel, (title, measure) in zip(panels, PLOTTED, strict=True):
+    for panel, (title, measure) in zip(panels, plotted.items(), strict=True):
         intervals = [summarise(records, measure) for records in of.values()]
         shown = [(x, interval) for x, interval in zip(ticks, intervals, strict=True) if interval]
         x, means = [x for x, _ in shown], [interval.mean for _, interval in shown]

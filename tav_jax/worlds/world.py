@@ -20,6 +20,22 @@ Silhouettes = Float32[np.ndarray, "n h w"]
 """The share of each latent pixel that an image's subject covers, from 0 to 1."""
 
 
+@dataclass(frozen=True)
+class Edit:
+    """A prompt for a clip and what it asks for.
+
+    Args:
+        kind: "source" for the source prompt, "open" if the prompt leaves attributes open. Otherwise
+            the attribute that is changed, or "all" if several are.
+        prompt: The prompt.
+        asks: The values that the prompt asks for, by name in `World.attributes`.
+    """
+
+    kind: str
+    prompt: str
+    asks: Mapping[str, str]
+
+
 @runtime_checkable  # where tests check types
 class SampleScenes(Protocol[Scene]):
     """Draws random scenes, of any kind that the base model is taught."""
@@ -57,6 +73,12 @@ class World(Generic[Scene]):
         pixel_weights: Returns the weight of each pixel's error in the autoencoder's training.
         read: Returns, for each attribute, the index of the value that each image shows, or -1 if
             no subject is recognised.
+        clips: The scenes that experiments edit, by name.
+        edits: The prompts for each clip, by the clip's name.
+        motion: Returns the name of what the subject of a scene does.
+        render: Returns a scene's clip of this many frames.
+        measure: Returns the metrics of a video that was made by editing a scene's clip. The prompt
+            asked for these values of attributes.
     """
 
     model: str
@@ -74,3 +96,8 @@ class World(Generic[Scene]):
     caption: Callable[[Scene, np.random.Generator], str]
     pixel_weights: Callable[[Images, Silhouettes], Float32[np.ndarray, "n H W 1"]]
     read: Callable[[Images], Mapping[str, Int[np.ndarray, "n"]]]
+    clips: Mapping[str, Scene]
+    edits: Mapping[str, Sequence[Edit]]
+    motion: Callable[[Scene], str]
+    render: Callable[[Scene, int], Images]
+    measure: Callable[[Images, Scene, Mapping[str, str]], Mapping[str, float | None]]

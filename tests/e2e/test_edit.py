@@ -18,10 +18,10 @@ from tav_jax.pipeline import edit_clip, encode_frames, encode_prompts, tune_clip
 from tav_jax.pretrained.model import Model, load_model
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params
 from tav_jax.training.train_step import denoising_loss, draw_batch
-from tav_jax.worlds.metrics import measure
 from tav_jax.worlds.tiny_scenes.drawing import render
-from tav_jax.worlds.tiny_scenes.edits import edits_of, source_prompt
-from tav_jax.worlds.tiny_scenes.scenes import CLIPS
+from tav_jax.worlds.tiny_scenes.edits import edits_of
+from tav_jax.worlds.tiny_scenes.metrics import measure
+from tav_jax.worlds.tiny_scenes.scenes import CLIPS, describe
 
 CLIP = CLIPS["circle-right"]
 STEPS = 40
@@ -43,7 +43,7 @@ def tune(steps: int = STEPS) -> Tuned:
     tuned = tune_clip(
         model,
         render(CLIP, 8),
-        source_prompt(CLIP),
+        describe(CLIP),
         max_train_steps=steps,
         learning_rate=LEARNING_RATE,
     )
@@ -57,7 +57,7 @@ def loss(model: Model) -> float:
     moments = encode_frames(model, render(CLIP, 8))
     moments = jax.numpy.repeat(moments, 16, axis=0)
     draw = draw_batch(jax.random.key(1), moments, model.schedule, 1.0)
-    context = jax.numpy.repeat(encode_prompts(model, [source_prompt(CLIP)]), 16, axis=0)
+    context = jax.numpy.repeat(encode_prompts(model, [describe(CLIP)]), 16, axis=0)
     return float(jax.jit(denoising_loss)(model.unet, model.schedule, draw, context))
 
 

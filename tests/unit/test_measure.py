@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tav_jax.worlds.metrics import measure
-from tav_jax.worlds.report import EDITS, Measure, bootstrap, summarise, write_report
+from tav_jax.worlds.report import EDITS, Measure, bootstrap, right_share, summarise, write_report
 from tav_jax.worlds.tiny_scenes.drawing import render
 from tav_jax.worlds.tiny_scenes.edits import edits_of
+from tav_jax.worlds.tiny_scenes.metrics import measure
 from tav_jax.worlds.tiny_scenes.scenes import ATTRIBUTES, CLIPS
 
 CLIP = CLIPS["circle-right"]
@@ -134,9 +134,9 @@ def records():
 def test_a_clip_counts_once_and_missing_figures_not_at_all():
     unequal = records()
     unequal[0]["videos"] += [unequal[0]["videos"][2]] * 5
-    subject, motion = EDITS[0], EDITS[5]
-    assert subject.metric == "subject"
-    assert summarise(unequal, subject).mean == 0.5
+    motion = EDITS[1]
+    assert motion.metric == "correlation"
+    assert summarise(unequal, right_share("subject")).mean == 0.5
     assert summarise(records(), motion).mean == 0.0, "growing does not move"
     assert (
         summarise(records(), Measure("none", "error", lambda v: v["kind"] == "x", "less")) is None
@@ -147,9 +147,10 @@ def test_a_clip_counts_once_and_missing_figures_not_at_all():
 def test_a_report_has_a_row_for_each_variant_and_its_plot(tmp_path, sweep):
     folder = tmp_path / "trial"
     all_right = [r | {"videos": [v for v in r["videos"] if v["kind"] != "all"]} for r in records()]
-    write_report(folder, all_right, ["one", "two"], sweep)
+    write_report(folder, all_right, ["one", "two"], sweep, ATTRIBUTES)
     text = (folder / "report.md").read_text()
     assert text.count("\n| two |") == 3
     assert "| subject | 0.50 (0.00 to 1.00) |" in text
     assert "![all variants](trial.png)" in text
+    assert "phase" not in text, "this world has no such metric"
     assert (folder / "trial.png").stat().st_size > 5000

@@ -97,6 +97,11 @@ def centre(scene: Scene, time: float | int) -> Point:
     return _place(scene, time, held)(middle)
 
 
+def pan_at(scene: Scene, time: float | int) -> int:
+    """Return where in its panorama an image begins at a time, in pixels from the left."""
+    return round(WIDEST_PAN + scene.pan * time)
+
+
 def _place(scene: Scene, time: float | int, held: Pose) -> Callable[[Point], Point]:
     """Return the function from a pose's coordinates to the image's."""
     foot_x = scene.x + scene.facing * scene.travel * time
@@ -137,8 +142,8 @@ def _draw(
     figure = np.asarray(canvas.reduce(ZOOM), np.float32)
     mask = figure[..., 3] * np.float32(1 / 255)
 
-    offset = round(WIDEST_PAN + scene.pan * time)
-    image = panorama(scene.background, scene.style, scene.view)[:, offset : offset + SIZE]
+    left = pan_at(scene, time)
+    image = panorama(scene.background, scene.style, scene.view)[:, left : left + SIZE]
     x, y = to_image((held.chest[0] / 2, held.ground))
     ground = _shadow(image.astype(np.float32), x, y, scene, held)
     image = ground + mask[..., None] * (figure[..., :3] - ground)

@@ -1,9 +1,15 @@
 """The world as its base model's training and measuring see it."""
 
+from operator import attrgetter
+
 from tav_jax.worlds.figures.detector import read
+from tav_jax.worlds.figures.drawing import render
+from tav_jax.worlds.figures.edits import EDITS
+from tav_jax.worlds.figures.metrics import measure
 from tav_jax.worlds.figures.networks import TEXT_ENCODER, UNET, VAE
 from tav_jax.worlds.figures.scenes import (
     ATTRIBUTES,
+    CLIPS,
     SIZE,
     WORDS,
     caption,
@@ -32,4 +38,9 @@ FIGURES = World(
     caption=caption,
     pixel_weights=figure_weights,
     read=read,
+    clips=CLIPS,
+    edits=EDITS,
+    motion=attrgetter("verb"),
+    render=render,
+    measure=measure,
 )

@@ -1,32 +1,12 @@
 """Prompts for a clip of the world, and what an image must show to follow them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from tav_jax.worlds.tiny_scenes.scenes import ATTRIBUTES, SUBJECTS, TAUGHT_STYLES, Scene, describe
+from tav_jax.worlds.world import Edit
 
 TAUGHT = ATTRIBUTES | {"style": TAUGHT_STYLES}
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A prompt and what it asks for.
-
-    Args:
-        kind: "source" for the source prompt, "open" if the prompt leaves attributes open. Otherwise
-            the attribute that is changed, or "all" if subject, colour and background are.
-        prompt: The prompt.
-        asks: The attributes that the prompt names, by name in `ATTRIBUTES`.
-    """
-
-    kind: str
-    prompt: str
-    asks: dict[str, str]
-
-
-def source_prompt(clip: Scene) -> str:
-    """Return the prompt that describes a clip."""
-    return describe(clip)
 
 
 def edits_of(clip: Scene) -> list[Edit]:

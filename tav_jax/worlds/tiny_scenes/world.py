@@ -1,15 +1,19 @@
 """The world as its base model's training and measuring see it."""
 
 from functools import partial
+from operator import attrgetter
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from tav_jax.worlds.recipe import Recipe
 from tav_jax.worlds.tiny_scenes.detector import read_frame
-from tav_jax.worlds.tiny_scenes.edits import TAUGHT
+from tav_jax.worlds.tiny_scenes.drawing import render
+from tav_jax.worlds.tiny_scenes.edits import TAUGHT, edits_of
+from tav_jax.worlds.tiny_scenes.metrics import measure
 from tav_jax.worlds.tiny_scenes.networks import TEXT_ENCODER, UNET, VAE
 from tav_jax.worlds.tiny_scenes.scenes import (
+    CLIPS,
     SIZE,
     TAUGHT_STYLES,
     WORDS,
@@ -43,4 +47,9 @@ TINY_SCENES = World(
     caption=caption,
     pixel_weights=foreground_weights,
     read=read,
+    clips=CLIPS,
+    edits={name: edits_of(clip) for name, clip in CLIPS.items()},
+    motion=attrgetter("motion"),
+    render=render,
+    measure=measure,
 )
