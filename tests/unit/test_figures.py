@@ -149,6 +149,17 @@ def test_prompts_have_the_grammar_of_the_paper():
 
 
 @pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
+def test_clips_stand_where_scenes_of_the_training_set_do(clip):
+    scenes = [s for s in sample_scenes(np.random.default_rng(0), 5000) if s.verb == clip.verb]
+    grounds = [scene.ground for scene in scenes]
+    assert min(grounds) <= clip.ground <= max(grounds)
+    assert min(scene.scale for scene in scenes) <= clip.scale <= max(s.scale for s in scenes)
+    places = [x for scene in scenes for x in (scene.x, scene.x + scene.facing * scene.travel)]
+    for x in (clip.x, clip.x + clip.facing * clip.travel):
+        assert min(places) <= x <= max(places)
+
+
+@pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
 def test_clips_stay_inside_the_image(clip):
     mask = truth(clip, 8).mask
     border = np.ones((SIZE, SIZE), bool)

@@ -118,7 +118,7 @@ CLIPS = {
     "woman-waving": Scene("woman", "waving", "beach", x=30.0, periods=1.5, view=3),
     "astronaut-walking": Scene("astronaut", "walking", "moon", x=17.0, travel=29.0, view=4),
     "man-running": Scene("man", "running", "street", x=18.0, travel=28.0, view=5),
-    "panda-jumping": Scene("panda", "jumping", "beach", x=34.0, ground=58.0, periods=1.5, view=6),
+    "panda-jumping": Scene("panda", "jumping", "beach", x=34.0, ground=60.5, periods=1.5, view=6),
     "robot-walking": Scene("robot", "walking", "street", facing=-1, x=34.0, pan=-20.0, view=7),
     "woman-push-ups": Scene("woman", "doing push-ups", "forest", periods=1.5, view=8),
 }
