@@ -24,7 +24,7 @@ FIGURES = World(
     model="tiny-figures",
     size=SIZE,
     recipe=Recipe(
-        world="figures", scenes=10_000, vae_steps=2_000, vae_batch=16, checkpointing_steps=500
+        world="figures", scenes=10_000, vae_steps=4_000, vae_batch=16, checkpointing_steps=500
     ),
     vae=VAE,
     unet=UNET,
