@@ -51,8 +51,9 @@ from tav_jax.types import Context, Moments
 STEPS_BEFORE_CHECK = 3
 
 # Reading the metrics waits for the device. They are read about once a second, and after this many
-# steps at the latest.
-MOST_STEPS_UNSEEN = 100
+# steps at the latest: fewer than the 32 that JAX starts ahead on a CPU. There, one more for several
+# devices would take the thread that a running step needs, and all would wait for ever.
+MOST_STEPS_UNSEEN = 16
 
 # Compiled train steps with the preset that fits, keyed by the settings that they depend on.
 Programs = dict[TuneConfig, tuple[GradientCheckpointing, Callable]]
