@@ -52,9 +52,9 @@ def _gather(x: Array) -> Array:
     axes = _axes()
     if backend.platform() != "cpu" or jax.process_count() == 1:
         return jax.lax.all_gather(x, axes, axis=1, tiled=True)
-    # The gradient of `all_gather` is a reduce-scatter. Between processes on CPUs gloo does it, which
-    # in jaxlib 0.10 fails if a device is 30 seconds late, occupies a core while it waits, and gives
-    # wrong sums of large arrays (jax-ml/jax issues 40830 and 40831). Its all-to-all does not.
+    # The gradient of `all_gather` is a reduce-scatter. Between processes on CPUs gloo computes it,
+    # and in jaxlib 0.10 it fails if a device is 30 seconds late, keeps a core busy while it waits,
+    # and sums large arrays wrongly (jax-ml/jax issues 40830, 40831). Its all-to-all does not.
     copies = jnp.concatenate([x] * jax.lax.axis_size(axes), axis=1)
     return jax.lax.all_to_all(copies, axes, split_axis=1, concat_axis=1, tiled=True)
 
