@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,18 @@ def say(text: str) -> None:
     """Print a line above any progress bar. In a job of several processes the main one prints."""
     if distributed.is_main_process():
         tqdm.write(printable(text))
+
+
+@contextmanager
+def say_if_slow(text: str, seconds: float = 600) -> Iterator[None]:
+    """Print a line if what is done meanwhile takes longer than so many seconds. It goes on."""
+    timer = threading.Timer(seconds, say, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from tav_jax.models import backend
+
 FRAME_AXES = ("frames", "fsdp")
 """Mesh axes over which frames are sharded, outermost first."""
 
@@ -42,8 +44,19 @@ def previous_frame(x: Float[Array, "b f *axes"]) -> Float[Array, "b f *axes"]:
 
 def all_frames(x: Float[Array, "b f *axes"]) -> Float[Array, "b f2 *axes"]:
     """Return every frame of the whole video, on every device."""
+    return _gather(x) if _axes() else x
+
+
+def _gather(x: Array) -> Array:
+    """Return the arrays of all devices, concatenated along axis 1."""
     axes = _axes()
-    return jax.lax.all_gather(x, axes, axis=1, tiled=True) if axes else x
+    if backend.platform() != "cpu" or jax.process_count() == 1:
+        return jax.lax.all_gather(x, axes, axis=1, tiled=True)
+    # The gradient of `all_gather` is a reduce-scatter. Between processes on CPUs gloo computes it,
+    # and in jaxlib 0.10 it fails if a device is 30 seconds late, keeps a core busy while it waits,
+    # and sums large arrays wrongly (jax-ml/jax issues 40830, 40831). Its all-to-all does not.
+    copies = jnp.concatenate([x] * jax.lax.axis_size(axes), axis=1)
+    return jax.lax.all_to_all(copies, axes, split_axis=1, concat_axis=1, tiled=True)
 
 
 def to_positions(x: Float[Array, "b f n c"]) -> Float[Array, "b f2 n2 c"]:
@@ -101,10 +114,9 @@ def merge_statistics(
         variance: Variance over them.
         across_devices: Whether to include the frames on other devices.
     """
-    axes = _axes()
-    if not (axes and across_devices):
+    if not (_axes() and across_devices):
         return mean, variance
-    means, variances = jax.lax.all_gather(jnp.stack([mean, variance]), axes, axis=1)
+    means, variances = _gather(jnp.stack([mean, variance])[:, None])
     return means.mean(0), variances.mean(0) + means.var(0)
 
 

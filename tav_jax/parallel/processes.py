@@ -126,7 +126,8 @@ def connect(mesh: Mesh) -> None:
 
     On CPUs, gloo connects a group of devices at the group's first collective, and gives up if one
     of them is 30 seconds late. That happens while a slow process still loads or compiles. So the
-    processes meet here and connect at once. Later collectives wait as long as it takes.
+    processes meet here and connect at once. Later collectives wait much longer, except gloo's
+    reduce-scatter, which no program of ours uses (`frame_collectives`).
 
     Raises:
         MissingProcessError: Some process has not come here in time.

@@ -6,6 +6,7 @@
 import os
 import time
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tav_jax.console import say
+from tav_jax.console import say, say_if_slow
 from tav_jax.errors import DamagedError, UserError
 from tav_jax.files import explain_refusal, move_aside
 from tav_jax.models.compute import GradientCheckpointing
@@ -51,8 +52,14 @@ from tav_jax.types import Context, Moments
 STEPS_BEFORE_CHECK = 3
 
 # Reading the metrics waits for the device. They are read about once a second, and after this many
-# steps at the latest.
-MOST_STEPS_UNSEEN = 100
+# steps at the latest: fewer than the 32 that JAX starts ahead on a CPU. There, one more for several
+# devices would take the thread that a running step needs, and all would wait for ever.
+MOST_STEPS_UNSEEN = 16
+
+STANDS_STILL = (
+    "step {} has not ended after 10 minutes: a process of this job may stand still. If so, end "
+    "all of them; the same command goes on from the last checkpoint"
+)
 
 # Compiled train steps with the preset that fits, keyed by the settings that they depend on.
 Programs = dict[TuneConfig, tuple[GradientCheckpointing, Callable]]
@@ -214,6 +221,7 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
     check_at = min(start + STEPS_BEFORE_CHECK, end)
     unseen: list[dict] = []
     unseen_at_most, began = 1, time.perf_counter()
+    in_job = jax.process_count() > 1
 
     def save() -> str:
         with stages("checkpoint"):
@@ -233,7 +241,9 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
             pause = step == check_at or saves or is_validated(config, step)
             if not pause and len(unseen) < unseen_at_most:
                 continue
-            jax.block_until_ready(metrics)
+            # JAX ends a job if a process dies, but not if one of them stands still.
+            with say_if_slow(STANDS_STILL.format(step)) if in_job else nullcontext():
+                jax.block_until_ready(metrics)
             stages.add("tune", time.perf_counter() - began)
             seconds = (time.perf_counter() - began) / len(unseen)
             run.require_folder()
@@ -253,7 +263,7 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
                 say(f"wrote {run.checkpoint(step)}")
             if is_validated(config, step):
                 # A job saves now, because its processes cannot save together while they sample.
-                with when_stopped(partial(str, save()) if jax.process_count() > 1 else save):
+                with when_stopped(partial(str, save()) if in_job else save):
                     yield step
             if pause:
                 log_stages(metrics_file, step, stages)

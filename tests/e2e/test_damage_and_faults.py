@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -150,12 +151,14 @@ def test_a_run_whose_folder_is_removed_ends_with_status_1(start, write_config, t
     )
     process = start("-m", "tav_jax.tune", "--config", config)
     try:
+        deadline = time.monotonic() + 600
         while process.poll() is None and not (
             (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").stat().st_size
         ):
-            pass
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
         shutil.rmtree(run)
-        _, err = process.communicate()
+        _, err = process.communicate(timeout=600)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)

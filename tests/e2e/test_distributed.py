@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tav_jax.parallel import processes as distributed
 from tav_jax.console import command
 from tav_jax.errors import UserError
+from tav_jax.models.frame_collectives import all_frames
 from tav_jax.parallel.sharding import make_mesh
 from tav_jax.stopping import start_job
 
@@ -36,16 +37,24 @@ def main(argv):
     if action == "fail":
         raise UserError("none can go on")
     mesh = make_mesh({"data": 1, "frames": 8, "fsdp": 1}, frames=8)
-    if action == "be slow":
-        distributed.connect(mesh)
-        # Longer than the 30 seconds that gloo waits to connect, as if this process still compiled.
-        time.sleep(40 * jax.process_index())
     sharding = NamedSharding(mesh, PartitionSpec("frames"))
     numbers = jax.make_array_from_callback((8,), sharding, lambda at: jnp.arange(8.0)[at])
-    step = jax.jit(lambda x: x + jnp.sum(x), out_shardings=sharding)
     process = jax.process_index()
+    if action == "be slow":
+        distributed.connect(mesh)
+        # Longer than the 30 seconds after which some of gloo gives up, as if it still compiled.
+        time.sleep(40 * process)
+    # Every device has all numbers, and a weight for each.
+    copies = jax.shard_map(
+        lambda x: all_frames(x[None]), mesh=mesh, in_specs=PartitionSpec("frames"),
+        out_specs=PartitionSpec("frames"), check_vma=False,
+    )
+    weights = jnp.arange(64.0).reshape(8, 8)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(copies(x) * weights)))(numbers)
+    step = jax.jit(lambda x: x + jnp.sum(x), out_shardings=sharding)
     print(json.dumps({
         "process": process,
+        "gradient": float(jax.jit(lambda x: jnp.sum(x * jnp.arange(8)))(gradient)),
         "main": distributed.is_main_process(),
         "sum": float(jax.jit(jnp.sum)(step(numbers))),
         "agreed": distributed.broadcast_from_main([process == 0]),
@@ -122,10 +131,14 @@ def ended(process: subprocess.Popen, seconds: float) -> tuple[bool, str]:
 
 def test_processes_compute_together_and_know_who_writes(start):
     processes = start("end")
-    expected = float(sum(range(8)) * 9)
+    both = {
+        "sum": sum(range(8)) * 9,
+        "gradient": sum(j * (8 * i + j) for i in range(8) for j in range(8)),
+        "agreed": [True],
+    }
     assert [said(process) for process in processes] == [
-        {"process": 0, "main": True, "agreed": [True], "sum": expected},
-        {"process": 1, "main": False, "agreed": [True], "sum": expected},
+        both | {"process": 0, "main": True},
+        both | {"process": 1, "main": False},
     ]
     assert [ended(process, MARGIN_SECONDS) for process in processes] == [(True, "")] * 2
 

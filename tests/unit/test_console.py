@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from tav_jax.console import command
+from tav_jax.console import command, say_if_slow
 from tav_jax.errors import MissingFileError, UserError
 from tav_jax.progress import progress_bar
 
@@ -51,6 +53,23 @@ def test_a_log_file_gets_whole_lines_of_progress_and_not_too_many(capsys, monkey
             bar.update(1)
     # Nothing before 30 seconds have passed, and nothing at the end, of which another line tells.
     assert capsys.readouterr().err == "tuning: 3 of 5\n"
+
+
+def test_work_that_takes_long_is_said_to_and_goes_on(capsys):
+    said, deadline = "", time.monotonic() + 60
+    with say_if_slow("it takes long", seconds=0.01):
+        while not said and time.monotonic() < deadline:
+            said = capsys.readouterr().out
+            time.sleep(0.01)
+    assert said == "it takes long\n"
+
+
+def test_work_that_ends_in_time_is_not_said_to_take_long(capsys):
+    before = set(threading.enumerate())
+    with say_if_slow("it takes long"):
+        (timer,) = set(threading.enumerate()) - before
+    timer.join()
+    assert not capsys.readouterr().out
 
 
 LONG = """
