@@ -89,3 +89,18 @@ def test_frames_that_fill_no_batch_leave_no_trace(clip):
     alone = image_features(clip, FRAMES[:1])
     first, _ = image_features(clip, FRAMES)
     np.testing.assert_array_equal(alone.projected[0], first[0])
+
+
+@pytest.mark.parametrize(
+    ("run", "batch"),
+    [
+        (clip_features._image_features, np.zeros((2, 11, 11, 3), np.float32)),
+        (clip_features._text_features, np.zeros((2, 7), np.int32)),
+    ],
+    ids=["images", "texts"],
+)
+def test_no_product_is_rounded_on_gpus_and_tpus(clip, run, batch):
+    program = run.lower(clip.network, batch).as_text()
+    products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) > 10
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
