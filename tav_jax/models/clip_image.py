@@ -122,8 +122,8 @@ class VisionTransformer(nnx.Module):
 def end_of_text(input_ids: TokenIds, eos_token_id: int) -> Int[Array, "b"]:
     """Return the position of each text's last token, whose state stands for the text.
 
-    It is the first one with the id `eos_token_id`. Configs from before transformers 4.31 have the
-    id 2 by mistake. They mean the largest id of the text, which is that of CLIP's last token.
+    It is the first one with the id `eos_token_id`. Older configs have the id 2 by mistake (see
+    transformers' pull request 24773). They mean the largest id, which is that of CLIP's last token.
     """
     ranks = input_ids if eos_token_id == 2 else input_ids == eos_token_id
     return jnp.argmax(ranks, axis=-1)  # the first one, if tokens are equal

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tav_jax.errors import MissingFileError, UserError
 from tav_jax.models.clip_image import CLIPConfig, CLIPModel
 from tav_jax.models.network import Network
-from tav_jax.pretrained import configs as published_config
+from tav_jax.pretrained import clip_configs as published_config
 from tav_jax.pretrained.hub import CLIP_STEMS, find_folder
 from tav_jax.pretrained.model import load_network, load_tokenizer, save_network, write_json
 from tav_jax.pretrained.preprocess import Preprocessing

@@ -5,23 +5,16 @@ value that we compute; anything else is refused by name rather than computed wro
 has a type and bounds, since anybody may have written it.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tav_jax.diffusion.schedule import NoiseSchedule, make_schedule
-from tav_jax.errors import UserError
 from tav_jax.models.clip import CLIPTextConfig
-from tav_jax.models.clip_image import CLIPConfig, CLIPVisionConfig
 from tav_jax.models.unet import UNetConfig
 from tav_jax.models.vae import VAEConfig
-from tav_jax.pretrained.preprocess import Preprocessing
-from tav_jax.text import brief, shorten
+from tav_jax.pretrained.config_reader import ConfigReader, Published
 
 if TYPE_CHECKING:
-    from tav_jax.pretrained.published_json import EncoderJson, PublishedJson
-
-Published = Mapping[str, Any]
+    from tav_jax.pretrained.published_json import PublishedJson
 
 # Values a published attribute may have: the first is what we compute, and stands for absence.
 UNET_DEMANDS: dict[str, tuple[Any, ...]] = {
@@ -79,29 +72,6 @@ TEXT_DEMANDS: dict[str, tuple[Any, ...]] = {
     "model_type": ("clip_text_model",),
     "use_attention_mask": (False,),
 }
-VISION_DEMANDS: dict[str, tuple[Any, ...]] = {
-    "model_type": ("clip_vision_model",),
-    "num_channels": (3,),
-}
-PREPROCESSOR_DEMANDS: dict[str, tuple[Any, ...]] = {
-    "default_to_square": (False,),
-    "do_center_crop": (True,),
-    "do_normalize": (True,),
-    "do_pad": (False, None),
-    "do_rescale": (True,),
-    "do_resize": (True,),
-    "feature_extractor_type": ("CLIPFeatureExtractor", None),
-    "image_processor_type": ("CLIPImageProcessor", "CLIPImageProcessorFast", None),
-    "resample": (3,),  # bicubic
-}
-PREPROCESSOR_IRRELEVANT = {
-    "data_format",  # of the arrays that transformers returns
-    "do_convert_rgb",  # our frames are RGB
-    "processor_class",
-}
-
-MOST_PROBLEMS = 20  # that one message lists
-MOST_KINDS = 3  # of unknown blocks that are named
 
 DOWN_BLOCKS = {"CrossAttnDownBlock": True, "DownBlock": False}
 UP_BLOCKS = {"CrossAttnUpBlock": True, "UpBlock": False}
@@ -116,7 +86,7 @@ def read_unet_config(published: Published, where: str = "unet/config.json") -> U
     # Imported here and below because pydantic takes a tenth of a second.
     from tav_jax.pretrained.published_json import UNetJson
 
-    read = _Reader(published, where)
+    read = ConfigReader(published, where)
     read.demand(UNET_DEMANDS)
     down_attention = read.blocks("down_block_types", DOWN_BLOCKS)
     up_attention = read.blocks("up_block_types", UP_BLOCKS)
@@ -242,7 +212,7 @@ def read_vae_config(published: Published, where: str = "vae/config.json") -> VAE
     """Return our config of an AutoencoderKL; raises as `read_unet_config` does."""
     from tav_jax.pretrained.published_json import VaeJson
 
-    read = _Reader(published, where)
+    read = ConfigReader(published, where)
     read.demand(VAE_DEMANDS)
     down = read.blocks("down_block_types", {"DownEncoderBlock": False})
     up = read.blocks("up_block_types", {"UpDecoderBlock": False})
@@ -277,113 +247,13 @@ def read_text_config(
     """
     from tav_jax.pretrained.published_json import TextJson
 
-    read = _Reader(published, where)
+    read = ConfigReader(published, where)
     read.demand(TEXT_DEMANDS)
     json = read.parse(TextJson, published)
     read.heads(json)
     read.finish(set(published))
     assert json is not None
     return CLIPTextConfig(**json.model_dump())
-
-
-def read_clip_config(published: Published, where: str = "config.json") -> CLIPConfig:
-    """Return our config of a CLIPModel; raises as `read_unet_config` does.
-
-    As in `read_text_config`, only what would change the features is looked at.
-    """
-    from tav_jax.pretrained.published_json import ClipJson, ClipTextJson, ClipVisionJson
-
-    read = _Reader(published, where)
-    read.demand({"model_type": ("clip",)})
-    json = read.parse(ClipJson, published)
-    read_text = read.section(_encoder_section(published, "text_config"))
-    read_text.demand(TEXT_DEMANDS)
-    text = read_text.parse(ClipTextJson, read_text.published)
-    read_text.heads(text)
-    read_vision = read.section(_encoder_section(published, "vision_config"))
-    read_vision.demand(VISION_DEMANDS)
-    vision = read_vision.parse(ClipVisionJson, read_vision.published)
-    read_vision.heads(vision)
-    if vision is not None and vision.patch_size > vision.image_size:
-        read_vision.problem(f"patch_size: {vision.patch_size} is over image_size")
-    read.finish(set(published))
-    assert json is not None
-    assert text is not None
-    assert vision is not None
-    return CLIPConfig(
-        text_config=CLIPTextConfig(**text.model_dump(exclude={"eos_token_id"})),
-        vision_config=CLIPVisionConfig(**vision.model_dump()),
-        projection_dim=json.projection_dim,
-        eos_token_id=text.eos_token_id,
-    )
-
-
-def _encoder_section(published: Published, name: str) -> str:
-    """Return the name of the section that has the shape of an encoder.
-
-    transformers before 4.27 wrote two. The one with `_dict` in its name has what differs from the
-    defaults, and transformers prefers it.
-    """
-    return name if published.get(f"{name}_dict") is None else f"{name}_dict"
-
-
-def write_clip_config(config: CLIPConfig) -> dict[str, Any]:
-    """Return the published JSON of a CLIPModel."""
-    text = asdict(config.text_config) | {
-        "model_type": "clip_text_model",
-        "eos_token_id": config.eos_token_id,
-        "projection_dim": config.projection_dim,
-    }
-    vision = asdict(config.vision_config) | {
-        "model_type": "clip_vision_model",
-        "num_channels": 3,
-        "projection_dim": config.projection_dim,
-    }
-    return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.projection_dim,
-        "text_config": text,
-        "vision_config": vision,
-    }
-
-
-def read_preprocessor_config(
-    published: Published, where: str = "preprocessor_config.json"
-) -> Preprocessing:
-    """Return how a CLIPImageProcessor prepares images; raises as `read_unet_config` does."""
-    from tav_jax.pretrained.published_json import PreprocessorJson
-
-    read = _Reader(published, where)
-    read.demand(PREPROCESSOR_DEMANDS)
-    json = read.parse(PreprocessorJson, published)
-    if json is not None and json.crop_size > json.size:
-        read.problem(f"crop_size: {json.crop_size} is over size, the shortest edge: {json.size}")
-    read.finish(PREPROCESSOR_IRRELEVANT)
-    assert json is not None
-    return Preprocessing(
-        size=json.size,
-        crop_size=json.crop_size,
-        rescale_factor=json.rescale_factor,
-        image_mean=(json.image_mean[0], json.image_mean[1], json.image_mean[2]),
-        image_std=(json.image_std[0], json.image_std[1], json.image_std[2]),
-    )
-
-
-def write_preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Return the published JSON of a CLIPImageProcessor."""
-    side = preprocessing.crop_size
-    flags = ("do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
-    return {
-        "crop_size": {"height": side, "width": side},
-        **dict.fromkeys(flags, True),
-        "image_mean": list(preprocessing.image_mean),
-        "image_processor_type": "CLIPImageProcessor",
-        "image_std": list(preprocessing.image_std),
-        "resample": 3,
-        "rescale_factor": preprocessing.rescale_factor,
-        "size": {"shortest_edge": preprocessing.size},
-    }
 
 
 def read_schedule(
@@ -396,7 +266,7 @@ def read_schedule(
     """
     from tav_jax.pretrained.published_json import ScheduleJson
 
-    read = _Reader(published, where)
+    read = ConfigReader(published, where)
     read.demand(SCHEDULER_DEMANDS)
     json = read.parse(ScheduleJson, published)
     read.finish(set(published))
@@ -418,93 +288,7 @@ def check_index(published: Published, where: str = "model_index.json") -> None:
     _check(IndexJson, published, where)
 
 
-Json = TypeVar("Json", bound="PublishedJson")
-
-
 def _check(model: type["PublishedJson"], published: Published, where: str) -> None:
-    read = _Reader(published, where)
+    read = ConfigReader(published, where)
     read.parse(model, published)
     read.finish(set(published))
-
-
-class _Reader:
-    """Reads attributes and gathers what is wrong, to say all of it at once."""
-
-    def __init__(self, published: Published, where: str):
-        self.published = published
-        self.where = where
-        self.prefix = ""
-        self.seen: set[str] = set()
-        self.problems: list[str] = []
-
-    def problem(self, text: str) -> None:
-        self.problems.append(f"  {self.prefix}{text}")
-
-    def section(self, name: str) -> "_Reader":
-        """Return a reader of an object in this one, whose problems are this one's too."""
-        published = self.published.get(name)
-        if not isinstance(published, Mapping | None):
-            self.problem(f"{name}: {brief(published)} is no object")
-        reader = _Reader(published if isinstance(published, Mapping) else {}, self.where)
-        reader.prefix, reader.problems = f"{self.prefix}{name}.", self.problems
-        return reader
-
-    def heads(self, json: "EncoderJson | None") -> None:
-        """Note that an encoder's width does not divide over its heads; None has been noted."""
-        if json is not None and json.hidden_size % json.num_attention_heads:
-            self.problem(
-                f"hidden_size: {json.hidden_size} is not divisible by "
-                f"{json.num_attention_heads} num_attention_heads"
-            )
-
-    def parse(self, model: type[Json], published: Published) -> Json | None:
-        """Return the attributes that are read, or None if some are wrong. Null means absent."""
-        from pydantic import ValidationError
-
-        from tav_jax.settings import explain
-
-        self.seen |= set(model.model_fields)
-        given = {name: published.get(name) for name in model.model_fields}
-        try:
-            return model.model_validate({k: v for k, v in given.items() if v is not None})
-        except ValidationError as error:
-            for name, text in explain(error, model):
-                self.problem(f"{name}: {text}")
-        return None
-
-    def blocks(self, name: str, known: Mapping[str, bool]) -> tuple[bool, ...] | None:
-        """Return whether each block of a list attends, by its class name without 2D or 3D.
-
-        None if some are not supported.
-        """
-        published = self.published.get(name)
-        names = published if isinstance(published, list | tuple) else []
-        kinds = [str(kind).removesuffix("2D").removesuffix("3D") for kind in names]
-        unknown = sorted(set(kinds) - set(known))
-        for kind in unknown[:MOST_KINDS]:
-            self.problem(f"{name}: {shorten(kind, 60)} is not supported, only {', '.join(known)}")
-        return None if unknown else tuple(known[kind] for kind in kinds)
-
-    def levels(self, name: str, values: Sequence[Any] | None, levels: int) -> None:
-        """Note that there is not one value for each level; None has been noted already."""
-        if values is not None and len(values) != levels:
-            self.problem(f"{name}: expected {levels} levels, got {brief(list(values))}")
-
-    def demand(self, demands: Mapping[str, tuple[Any, ...]]) -> None:
-        for name, values in demands.items():
-            self.seen.add(name)
-            if self.published.get(name, values[0]) not in values:
-                got = brief(self.published[name])
-                self.problem(f"{name}: {got} is not supported, only {values[0]!r}")
-
-    def finish(self, known: set[str]) -> None:
-        """Raise if anything was wrong, or if an attribute that we do not know is switched on."""
-        for name in sorted(set(self.published) - self.seen - known):
-            if not name.startswith("_") and self.published[name] not in (None, False):
-                got = brief(self.published[name])
-                self.problem(f"{shorten(name, 60)}: not known to us, so {got} is refused")
-        if len(self.problems) > MOST_PROBLEMS:
-            more = len(self.problems) - MOST_PROBLEMS
-            self.problems[MOST_PROBLEMS:] = [f"  and {more} more"]
-        if self.problems:
-            raise UserError(f"{self.where}: not supported:\n" + "\n".join(self.problems))

@@ -116,9 +116,11 @@ class TextJson(EncoderJson):
     max_position_embeddings: TextLength
 
 
-# transformers leaves out of a CLIPModel's config what has its default, which is ViT-B/32's value.
 class ClipTextJson(TextJson):
-    """What is read of a text encoder in a CLIPModel's config."""
+    """What is read of a text encoder in a CLIPModel's config.
+
+    Such a file may leave out what has transformers' default, which is ViT-B/32's value.
+    """
 
     hidden_size: Channels = 512
     intermediate_size: MlpWidth = 2048

@@ -277,7 +277,7 @@ def change_json(rng: random.Random, content: bytes, others: Sequence[bytes]) -> 
 def clip_json(rng: random.Random) -> Iterator[Case]:
     from tav_jax.models.clip_image import CLIPModel
     from tav_jax.models.network import parameter_shapes
-    from tav_jax.pretrained import configs
+    from tav_jax.pretrained import clip_configs as configs
     from tav_jax.pretrained.preprocess import Preprocessing
     from tav_jax.reading import read_json
 

@@ -18,7 +18,7 @@ from transformers import CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer
 from tav_jax.evaluation.clip_features import image_features, text_features
 from tav_jax.models.clip_image import CLIPModel
 from tav_jax.pretrained.clip import load_clip, save_clip
-from tav_jax.pretrained.configs import read_clip_config, read_preprocessor_config
+from tav_jax.pretrained.clip_configs import read_clip_config, read_preprocessor_config
 from tav_jax.pretrained.model import load_network
 from tav_jax.pretrained.preprocess import preprocess
 

@@ -18,7 +18,7 @@ from tav_jax.errors import UserError
 from tav_jax.models.clip_image import CLIPModel, end_of_text
 from tav_jax.models.network import parameter_shapes
 from tav_jax.pretrained.clip import Clip, load_clip, save_clip
-from tav_jax.pretrained.configs import (
+from tav_jax.pretrained.clip_configs import (
     PREPROCESSOR_DEMANDS,
     read_clip_config,
     read_preprocessor_config,
