@@ -29,6 +29,7 @@ from tav_jax.models.vae import AutoencoderKL
 # the times. What is in neither table runs by default.
 QUICK = {
     "unit/test_checkpointing.py",
+    "unit/test_clip_metrics.py",
     "unit/test_config.py",
     "unit/test_console.py",
     "unit/test_cuda_lowering.py",

@@ -5,6 +5,7 @@ seconds.
 """
 
 from tav_jax.models.clip import CLIPTextConfig
+from tav_jax.models.clip_image import CLIPConfig, CLIPVisionConfig
 from tav_jax.models.unet import UNetConfig
 from tav_jax.models.vae import VAEConfig
 
@@ -42,6 +43,21 @@ TEXT = CLIPTextConfig(
     max_position_embeddings=7,
     layer_norm_eps=1e-5,
     hidden_act="quick_gelu",
+)
+CLIP = CLIPConfig(
+    text_config=TEXT,
+    vision_config=CLIPVisionConfig(
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        layer_norm_eps=1e-5,
+        hidden_act="gelu",
+        image_size=11,  # two patches of 5, and a row and a column that no patch has
+        patch_size=5,
+    ),
+    projection_dim=6,
+    eos_token_id=20,
 )
 
 # The keys of a run's config that have no default.

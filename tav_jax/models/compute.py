@@ -16,7 +16,7 @@ PRECISION_DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "bfloat16"}
 class ComputeOptions:
     """Options that affect speed, memory and rounding, but not what a network computes.
 
-    Only the U-Net uses all of them. The autoencoder and the text encoder use `dtype` alone.
+    Only the U-Net uses all of them. The autoencoder and CLIP use `dtype` alone.
 
     Args:
         attention_implementation: A name from the table in `tav_jax.models.attention.dispatch`.

@@ -188,12 +188,24 @@ def video_sharding(tree: Tree, mesh: Any) -> Tree:
     return jax.tree.map(lambda leaf: NamedSharding(mesh, video_spec(mesh, leaf.shape)), tree)
 
 
+def batch_sharding(tree: Tree, mesh: Any) -> Tree:
+    """Return the sharding of arrays of independent items, such as images, over all devices.
+
+    An array whose first axis they do not divide is not sharded.
+    """
+
+    def sharding(leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(None if len(leaf) % mesh.size else AXES))
+
+    return jax.tree.map(sharding, tree)
+
+
 def shard(tree: Tree, rule: Rule = param_sharding) -> Tree:
     """Place arrays on the devices of the current mesh. For use outside of jit.
 
     Args:
         tree: Arrays. In a run of several processes, each process must have the same values.
-        rule: `param_sharding` or `video_sharding`.
+        rule: `param_sharding`, `video_sharding` or `batch_sharding`.
     """
     mesh = jax.sharding.get_mesh()
     return tree if mesh.empty else jax.tree.map(_place, tree, rule(tree, mesh))

@@ -5,20 +5,16 @@ value that we compute; anything else is refused by name rather than computed wro
 has a type and bounds, since anybody may have written it.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tav_jax.diffusion.schedule import NoiseSchedule, make_schedule
-from tav_jax.errors import UserError
 from tav_jax.models.clip import CLIPTextConfig
 from tav_jax.models.unet import UNetConfig
 from tav_jax.models.vae import VAEConfig
-from tav_jax.text import brief, shorten
+from tav_jax.pretrained.config_reader import ConfigReader, Published
 
 if TYPE_CHECKING:
     from tav_jax.pretrained.published_json import PublishedJson
-
-Published = Mapping[str, Any]
 
 # Values a published attribute may have: the first is what we compute, and stands for absence.
 UNET_DEMANDS: dict[str, tuple[Any, ...]] = {
@@ -72,9 +68,10 @@ SCHEDULER_DEMANDS: dict[str, tuple[Any, ...]] = {
     "thresholding": (False,),
     "trained_betas": (None,),
 }
-
-MOST_PROBLEMS = 20  # that one message lists
-MOST_KINDS = 3  # of unknown blocks that are named
+TEXT_DEMANDS: dict[str, tuple[Any, ...]] = {
+    "model_type": ("clip_text_model",),
+    "use_attention_mask": (False,),
+}
 
 DOWN_BLOCKS = {"CrossAttnDownBlock": True, "DownBlock": False}
 UP_BLOCKS = {"CrossAttnUpBlock": True, "UpBlock": False}
@@ -89,7 +86,7 @@ def read_unet_config(published: Published, where: str = "unet/config.json") -> U
     # Imported here and below because pydantic takes a tenth of a second.
     from tav_jax.pretrained.published_json import UNetJson
 
-    read = _Reader(published, where)
+    read = ConfigReader(published, where)
     read.demand(UNET_DEMANDS)
     down_attention = read.blocks("down_block_types", DOWN_BLOCKS)
     up_attention = read.blocks("up_block_types", UP_BLOCKS)
@@ -215,7 +212,7 @@ def read_vae_config(published: Published, where: str = "vae/config.json") -> VAE
     """Return our config of an AutoencoderKL; raises as `read_unet_config` does."""
     from tav_jax.pretrained.published_json import VaeJson
 
-    read = _Reader(published, where)
+    read = ConfigReader(published, where)
     read.demand(VAE_DEMANDS)
     down = read.blocks("down_block_types", {"DownEncoderBlock": False})
     up = read.blocks("up_block_types", {"UpDecoderBlock": False})
@@ -250,14 +247,10 @@ def read_text_config(
     """
     from tav_jax.pretrained.published_json import TextJson
 
-    read = _Reader(published, where)
-    read.demand({"model_type": ("clip_text_model",), "use_attention_mask": (False,)})
+    read = ConfigReader(published, where)
+    read.demand(TEXT_DEMANDS)
     json = read.parse(TextJson, published)
-    if json is not None and json.hidden_size % json.num_attention_heads:
-        read.problem(
-            f"hidden_size: {json.hidden_size} is not divisible by "
-            f"{json.num_attention_heads} num_attention_heads"
-        )
+    read.heads(json)
     read.finish(set(published))
     assert json is not None
     return CLIPTextConfig(**json.model_dump())
@@ -273,7 +266,7 @@ def read_schedule(
     """
     from tav_jax.pretrained.published_json import ScheduleJson
 
-    read = _Reader(published, where)
+    read = ConfigReader(published, where)
     read.demand(SCHEDULER_DEMANDS)
     json = read.parse(ScheduleJson, published)
     read.finish(set(published))
@@ -295,75 +288,7 @@ def check_index(published: Published, where: str = "model_index.json") -> None:
     _check(IndexJson, published, where)
 
 
-Json = TypeVar("Json", bound="PublishedJson")
-
-
 def _check(model: type["PublishedJson"], published: Published, where: str) -> None:
-    read = _Reader(published, where)
+    read = ConfigReader(published, where)
     read.parse(model, published)
     read.finish(set(published))
-
-
-class _Reader:
-    """Reads attributes and gathers what is wrong, to say all of it at once."""
-
-    def __init__(self, published: Published, where: str):
-        self.published = published
-        self.where = where
-        self.seen: set[str] = set()
-        self.problems: list[str] = []
-
-    def problem(self, text: str) -> None:
-        self.problems.append(f"  {text}")
-
-    def parse(self, model: type[Json], published: Published) -> Json | None:
-        """Return the attributes that are read, or None if some are wrong. Null means absent."""
-        from pydantic import ValidationError
-
-        from tav_jax.settings import explain
-
-        self.seen |= set(model.model_fields)
-        given = {name: published.get(name) for name in model.model_fields}
-        try:
-            return model.model_validate({k: v for k, v in given.items() if v is not None})
-        except ValidationError as error:
-            for name, text in explain(error, model):
-                self.problem(f"{name}: {text}")
-        return None
-
-    def blocks(self, name: str, known: Mapping[str, bool]) -> tuple[bool, ...] | None:
-        """Return whether each block of a list attends, by its class name without 2D or 3D.
-
-        None if some are not supported.
-        """
-        published = self.published.get(name)
-        names = published if isinstance(published, list | tuple) else []
-        kinds = [str(kind).removesuffix("2D").removesuffix("3D") for kind in names]
-        unknown = sorted(set(kinds) - set(known))
-        for kind in unknown[:MOST_KINDS]:
-            self.problem(f"{name}: {shorten(kind, 60)} is not supported, only {', '.join(known)}")
-        return None if unknown else tuple(known[kind] for kind in kinds)
-
-    def levels(self, name: str, values: Sequence[Any] | None, levels: int) -> None:
-        """Note that there is not one value for each level; None has been noted already."""
-        if values is not None and len(values) != levels:
-            self.problem(f"{name}: expected {levels} levels, got {brief(list(values))}")
-
-    def demand(self, demands: Mapping[str, tuple[Any, ...]]) -> None:
-        for name, values in demands.items():
-            self.seen.add(name)
-            if self.published.get(name, values[0]) not in values:
-                got = brief(self.published[name])
-                self.problem(f"{name}: {got} is not supported, only {values[0]!r}")
-
-    def finish(self, known: set[str]) -> None:
-        """Raise if anything was wrong, or if an attribute that we do not know is switched on."""
-        for name in sorted(set(self.published) - self.seen - known):
-            if not name.startswith("_") and self.published[name] not in (None, False):
-                got = brief(self.published[name])
-                self.problem(f"{shorten(name, 60)}: not known to us, so {got} is refused")
-        if len(self.problems) > MOST_PROBLEMS:
-            more = len(self.problems) - MOST_PROBLEMS
-            self.problems[MOST_PROBLEMS:] = [f"  and {more} more"]
-        if self.problems:
-            raise UserError(f"{self.where}: not supported:\n" + "\n".join(self.problems))

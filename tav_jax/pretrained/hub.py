@@ -1,5 +1,6 @@
 """Find the folder of a model: a path, a shipped model, or a Hub id."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from tav_jax.errors import MissingFileError, UserError
@@ -7,33 +8,50 @@ from tav_jax.pretrained import weights
 from tav_jax.reading import why_not_a_file
 from tav_jax.text import shorten
 
+# The stem of the names of weight files, by the folder of a network in a Stable Diffusion model.
 WEIGHT_STEMS = {
     "text_encoder": "model",
     "vae": "diffusion_pytorch_model",
     "unet": "diffusion_pytorch_model",
 }
+# A CLIP model's files lie in no folder of their own.
+CLIP_STEMS = {"": "model"}
 
 # Models that come with this package, by name.
 SHIPPED = {"tiny-scenes": Path(__file__).parents[1] / "worlds/tiny_scenes/weights"}
 
 
 def find_folder(
-    pretrained_model_path: str | Path, *, revision: str | None = None, variant: str | None = None
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    option: str = "pretrained_model_path",
+    stems: Mapping[str, str] = WEIGHT_STEMS,
+    index: str = "model_index.json",
 ) -> Path:
     """Return the folder of a path, of a shipped model's name, or of a Hub id, downloaded once.
 
     Of each network only the weight files that would be read are fetched.
+
+    Args:
+        path: The path, name or id.
+        revision: Branch, tag or commit on the Hub.
+        variant: Variant of the weight files.
+        option: What messages call `path`.
+        stems: Stems of the names of weight files, by the folder of their network.
+        index: A file that every model of this kind has.
     """
     try:
-        folder = Path(pretrained_model_path).expanduser()
+        folder = Path(path).expanduser()
     except RuntimeError as error:
-        raise MissingFileError(f"pretrained_model_path: {pretrained_model_path}: {error}") from None
+        raise MissingFileError(f"{option}: {path}: {error}") from None
     if folder.is_dir():
         return folder
     if folder.is_file() or why_not_a_file(folder) != "No such file":
-        raise UserError(f"pretrained_model_path: {folder}: {_what_file(folder)}")
-    if str(pretrained_model_path) in SHIPPED:
-        return SHIPPED[str(pretrained_model_path)]
+        raise UserError(f"{option}: {folder}: {_what_file(folder, stems)}")
+    if str(path) in SHIPPED:
+        return SHIPPED[str(path)]
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         HFValidationError,
@@ -41,33 +59,37 @@ def find_folder(
         RevisionNotFoundError,
     )
 
-    repo = str(pretrained_model_path)
-    nowhere = (
-        f"pretrained_model_path: no folder '{shorten(repo, 200)}', nor such a model on the Hub"
-    )
+    repo = str(path)
+    nowhere = f"{option}: no folder '{shorten(repo, 200)}', nor such a model on the Hub"
     try:
         names = HfApi().list_repo_files(repo, revision=revision)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise MissingFileError(f"{nowhere}: {_first_line(error)}") from None
     except Exception as error:  # no network, which each version of the client says in its own way
-        cached = try_to_load_from_cache(repo, "model_index.json", revision=revision)
+        cached = try_to_load_from_cache(repo, index, revision=revision)
         if isinstance(cached, str):
             return Path(cached).parent
         raise MissingFileError(f"{nowhere}'s cache: {_first_line(error)}") from None
 
-    wanted = [name for name in names if name.endswith(".json") or name.startswith("tokenizer/")]
-    for part, stem in WEIGHT_STEMS.items():
-        inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+    # CLIP's tokenizer may be merges.txt beside the JSON files, or in a folder of its own.
+    wanted = [
+        name
+        for name in names
+        if name.endswith(".json") or name == "merges.txt" or name.startswith("tokenizer/")
+    ]
+    for part, stem in stems.items():
+        start = f"{part}/" if part else ""
+        inside = [name.removeprefix(start) for name in names if name.startswith(start)]
         chosen = weights.choose_weights(inside, stem, variant)
         if chosen is not None:
-            wanted.append(f"{part}/{chosen}")
+            wanted.append(f"{start}{chosen}")
         if chosen is not None and chosen.endswith(".json"):
-            index = hf_hub_download(repo, f"{part}/{chosen}", revision=revision)
-            wanted += [f"{part}/{name}" for name in weights.shard_names(Path(index))]
+            shards = hf_hub_download(repo, f"{start}{chosen}", revision=revision)
+            wanted += [f"{start}{name}" for name in weights.shard_names(Path(shards))]
     return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
 
 
-def _what_file(path: Path) -> str:
+def _what_file(path: Path, stems: Mapping[str, str]) -> str:
     """Return what a file is that was given as a model, and what to do."""
     if problem := why_not_a_file(path):
         return problem
@@ -81,8 +103,11 @@ def _what_file(path: Path) -> str:
         kind = "a pickled checkpoint"
     else:
         return "a file, where a model's folder in the Hub's layout is needed"
+    needed = f"{kind} in one file; a folder in the Hub's layout is needed"
+    if stems is not WEIGHT_STEMS:
+        return needed
     return (
-        f"{kind} in one file; a folder in the Hub's layout is needed. If it is a whole model, "
+        f"{needed}. If it is a whole model, "
         f"diffusers makes one: StableDiffusionPipeline.from_single_file('{path.name}')"
         ".save_pretrained('FOLDER')"
     )

@@ -218,7 +218,7 @@ def load_text_encoder(
         return name if name.startswith("text_model.") else f"text_model.{name}"
 
     stem = WEIGHT_STEMS["text_encoder"]
-    return _load_network(CLIPTextModel, config, folder, stem, variant, dtype, rename=rename)
+    return load_network(CLIPTextModel, config, folder, stem, variant, dtype, rename=rename)
 
 
 def load_vae(
@@ -226,7 +226,7 @@ def load_vae(
 ) -> Network[AutoencoderKL]:
     """Return the autoencoder from its folder."""
     config = published_config.read_vae_config(_read_config(folder), f"{folder}/config.json")
-    return _load_network(AutoencoderKL, config, folder, WEIGHT_STEMS["vae"], variant, dtype)
+    return load_network(AutoencoderKL, config, folder, WEIGHT_STEMS["vae"], variant, dtype)
 
 
 def load_unet(
@@ -248,18 +248,18 @@ def load_unet(
     """
     published = _read_config(folder)
     config = published_config.read_unet_config(published, f"{folder}/config.json")
+    dtype_of = _storage_dtype(dtype, float32_modules)
     is_image_unet = published.get("_class_name") != "UNet3DConditionModel"
-    unet = _load_network(
+    unet = load_network(
         UNet3DConditionModel,
         config,
         folder,
         WEIGHT_STEMS["unet"],
         variant,
         dtype,
-        float32_modules=float32_modules,
+        dtype_of=dtype_of,
         may_lack=weights.TEMPORAL if is_image_unet else (),
     )
-    dtype_of = _storage_dtype(dtype, float32_modules)
     shapes = parameter_shapes(UNet3DConditionModel, unet.config)
     key = jax.random.key(0) if key is None else key
     return unet.with_params(weights.inflate(unet.params, shapes, key, dtype_of=dtype_of))
@@ -277,7 +277,8 @@ def save_unet(folder: str | Path, unet: Network[UNet3DConditionModel]) -> None:
     It will contain `config.json` and `diffusion_pytorch_model.safetensors`. Tensors are written in
     the type in which they are stored.
     """
-    _save_network(Path(folder), "unet", unet, published_config.write_unet_config(unet.config))
+    config = published_config.write_unet_config(unet.config)
+    save_network(Path(folder), WEIGHT_STEMS["unet"], unet, config)
 
 
 def save_model(folder: str | Path, model: Model, scheduler: Mapping[str, Any]) -> None:
@@ -291,11 +292,13 @@ def save_model(folder: str | Path, model: Model, scheduler: Mapping[str, Any]) -
     folder = Path(folder)
     save_unet(folder / "unet", model.unet)
     vae, text_encoder = model.vae, model.text_encoder
-    _save_network(folder / "vae", "vae", vae, published_config.write_vae_config(vae.config))
+    vae_config = published_config.write_vae_config(vae.config)
+    save_network(folder / "vae", WEIGHT_STEMS["vae"], vae, vae_config)
     text_config = published_config.write_text_config(text_encoder.config)
-    _save_network(folder / "text_encoder", "text_encoder", text_encoder, text_config)
+    stem = WEIGHT_STEMS["text_encoder"]
+    save_network(folder / "text_encoder", stem, text_encoder, text_config)
     model.tokenizer.save_pretrained(folder / "tokenizer")
-    _write_json(folder / "scheduler" / CONFIG_NAMES["scheduler"], scheduler)
+    write_json(folder / "scheduler" / CONFIG_NAMES["scheduler"], scheduler)
     classes = {
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
@@ -305,7 +308,7 @@ def save_model(folder: str | Path, model: Model, scheduler: Mapping[str, Any]) -
     }
     absent = {"feature_extractor": [None, None], "safety_checker": [None, None]}
     index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.11.1"}
-    _write_json(folder / INDEX_NAME, index | classes | absent)
+    write_json(folder / INDEX_NAME, index | classes | absent)
 
 
 def tokenize(model: Model, prompts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
@@ -313,20 +316,22 @@ def tokenize(model: Model, prompts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
 
     Longer prompts are cut, with a warning that quotes the lost part.
     """
-    length = model.text_encoder.config.max_position_embeddings
-    for ids in model.tokenizer(list(prompts), verbose=False).input_ids:
+    return pad_tokens(model.tokenizer, prompts, model.text_encoder.config.max_position_embeddings)
+
+
+def pad_tokens(tokenizer: Any, prompts: Sequence[str], length: int) -> Int32[np.ndarray, "b s"]:
+    """Return token ids, padded to `length`. Longer prompts are cut, with a warning."""
+    for ids in tokenizer(list(prompts), verbose=False).input_ids:
         if len(ids) > length:
-            lost = model.tokenizer.decode(ids[length - 1 : -1])
+            lost = tokenizer.decode(ids[length - 1 : -1])
             warnings.warn(
-                f"prompt of {len(ids)} tokens, {length} are read; cut off: '{lost}'", stacklevel=2
+                f"prompt of {len(ids)} tokens, {length} are read; cut off: '{lost}'", stacklevel=3
             )
-    padded = model.tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True
-    )
+    padded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
     return np.asarray(padded.input_ids, np.int32)
 
 
-def _load_network(
+def load_network(
     module_class: type,
     config: Any,
     folder: Path,
@@ -334,7 +339,7 @@ def _load_network(
     variant: str | None,
     dtype: str,
     *,
-    float32_modules: Sequence[str] = (),
+    dtype_of: Callable[[str], str] | None = None,
     may_lack: tuple[str, ...] = (),
     rename: Callable[[str], str] = str,
 ) -> Network:
@@ -350,7 +355,7 @@ def _load_network(
         stem: See `weights.read_tensors`.
         variant: See `weights.read_tensors`.
         dtype: See `load_model`.
-        float32_modules: See `load_model`.
+        dtype_of: The type in which a parameter of that name is stored. None: `dtype` for all.
         may_lack: Modules whose weights may be missing.
         rename: Gives the published name of a tensor of the files.
     """
@@ -364,7 +369,7 @@ def _load_network(
     params = weights.merge(
         shapes,
         ((rename(name), tensor) for name, tensor in tensors),
-        dtype_of=_storage_dtype(dtype, float32_modules),
+        dtype_of=dtype_of or (lambda name: dtype),
         where=where,
         may_lack=may_lack,
     )
@@ -375,12 +380,21 @@ def _storage_dtype(dtype: str, float32_modules: Sequence[str]) -> Callable[[str]
     return lambda name: "float32" if weights.in_modules(name, float32_modules) else dtype
 
 
-def _save_network(folder: Path, part: str, network: Network, config: Mapping[str, Any]) -> None:
-    weights.save_tensors(folder / f"{WEIGHT_STEMS[part]}.safetensors", network.params)
-    _write_json(folder / "config.json", config)
+def save_network(folder: Path, stem: str, network: Network, config: Mapping[str, Any]) -> None:
+    """Write a network's weights and config to its folder.
+
+    Args:
+        folder: Its folder.
+        stem: See `weights.read_tensors`.
+        network: The network.
+        config: The contents of `config.json`.
+    """
+    weights.save_tensors(folder / f"{stem}.safetensors", network.params)
+    write_json(folder / "config.json", config)
 
 
-def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write a JSON file, and its folder if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 

@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from tav_jax.models.clip import ACTIVATIONS
+from tav_jax.pretrained.preprocess import IMAGE_MEAN, IMAGE_STD
 from tav_jax.text import brief
 
 
@@ -46,6 +47,12 @@ Layers = Annotated[StrictInt, Field(ge=1, le=128)]
 Heads = Annotated[StrictInt, Field(ge=1, le=1024)]
 Epsilon = Annotated[float, Field(gt=0, le=1, strict=True)]
 Beta = Annotated[float, Field(gt=0, lt=1, strict=True)]
+MlpWidth = Annotated[StrictInt, Field(ge=1, le=2**18)]
+VocabSize = Annotated[StrictInt, Field(ge=3, le=10**7)]
+TextLength = Annotated[StrictInt, Field(ge=3, le=2**16)]
+Pixels = Annotated[StrictInt, Field(ge=1, le=2**12)]
+Mean = Annotated[float, Field(ge=-1, le=1, strict=True)]
+Deviation = Annotated[float, Field(gt=0, le=1, strict=True)]
 Names = Annotated[list[StrictStr], Field(max_length=8)]
 
 
@@ -89,19 +96,79 @@ class VaeJson(PublishedJson):
     scaling_factor: Annotated[float, Field(gt=0, le=1000, strict=True)] = 0.18215
 
 
-class TextJson(PublishedJson):
-    """What is read of a CLIPTextModel's config."""
+class EncoderJson(PublishedJson):
+    """What is read of the layers of CLIP's encoders."""
 
-    vocab_size: Annotated[StrictInt, Field(ge=3, le=10**7)]
     hidden_size: Channels
-    intermediate_size: Annotated[StrictInt, Field(ge=1, le=2**18)]
+    intermediate_size: MlpWidth
     num_hidden_layers: Layers
     num_attention_heads: Heads
-    max_position_embeddings: Annotated[StrictInt, Field(ge=3, le=2**16)]
     layer_norm_eps: Epsilon = 1e-5
     hidden_act: Annotated[
         str, _one_of(*ACTIVATIONS, sentence=f"is none of {', '.join(ACTIVATIONS)}")
     ] = "quick_gelu"
+
+
+class TextJson(EncoderJson):
+    """What is read of a CLIPTextModel's config."""
+
+    vocab_size: VocabSize
+    max_position_embeddings: TextLength
+
+
+class ClipTextJson(TextJson):
+    """What is read of a text encoder in a CLIPModel's config.
+
+    Such a file may leave out what has transformers' default, which is ViT-B/32's value.
+    """
+
+    hidden_size: Channels = 512
+    intermediate_size: MlpWidth = 2048
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Heads = 8
+    vocab_size: VocabSize = 49408
+    max_position_embeddings: TextLength = 77
+    eos_token_id: Annotated[StrictInt, Field(ge=0, le=10**7)] = 49407
+
+
+class ClipVisionJson(EncoderJson):
+    """What is read of an image encoder in a CLIPModel's config."""
+
+    hidden_size: Channels = 768
+    intermediate_size: MlpWidth = 3072
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Heads = 12
+    image_size: Pixels = 224
+    patch_size: Pixels = 32
+
+
+class ClipJson(PublishedJson):
+    """What is read of a CLIPModel's config beside its sections."""
+
+    projection_dim: Channels = 512
+
+
+def _side(*keys: str) -> BeforeValidator:
+    """Return a validator of one length, for which files have a number or an object."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if set(value) != set(keys) or any(one != value[keys[0]] for one in value.values()):
+            raise ValueError(f"{brief(value)} is not supported, only one {' and '.join(keys)}")
+        return value[keys[0]]
+
+    return BeforeValidator(check)
+
+
+class PreprocessorJson(PublishedJson):
+    """What is read of a CLIPImageProcessor's config."""
+
+    size: Annotated[Pixels, _side("shortest_edge")] = 224
+    crop_size: Annotated[Pixels, _side("height", "width")] = 224
+    rescale_factor: Annotated[float, Field(gt=0, le=1, strict=True)] = 1 / 255
+    image_mean: Annotated[list[Mean], Field(min_length=3, max_length=3)] = list(IMAGE_MEAN)
+    image_std: Annotated[list[Deviation], Field(min_length=3, max_length=3)] = list(IMAGE_STD)
 
 
 class ScheduleJson(PublishedJson):

@@ -9,7 +9,7 @@ other module of the package.
 | `*.weight`, rank 2   | `*.kernel`          | out in -> in out                                   |
 | `token_embedding.weight`, `position_embedding.weight` | `*.embedding` | as it is        |
 | `*.weight`, rank 1   | `*.scale`           | as it is                                           |
-| `*.bias`             | `*.bias`            | as it is                                           |
+| `*.bias`, `class_embedding`, `logit_scale` | the same | as it is                           |
 """
 
 from collections import deque
@@ -39,6 +39,7 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 # Tensors that are not parameters, with the reason.
 IGNORED = {
     "text_model.embeddings.position_ids": "the numbers 0 to 76, saved by transformers before 4.31",
+    "vision_model.embeddings.position_ids": "the same, of an image's patches",
 }
 
 # What the exponents of numbers that are not finite begin at, by type.
@@ -70,18 +71,22 @@ TEMPORAL = ("attn_temp", "norm_temp")
 
 def parameter_name(name: str, rank: int) -> str:
     """Return the name here of a checkpoint's tensor."""
-    *path, leaf = name.split(".")
-    path = [OLD_NAMES.get(part, part) for part in path]
+    *path, leaf = _current_name(name).split(".")
     if leaf == "weight":
         is_embedding = path[-1] in ("token_embedding", "position_embedding")
         leaf = "embedding" if is_embedding else "scale" if rank == 1 else "kernel"
     return ".".join([*path, leaf])
 
 
+def _current_name(name: str) -> str:
+    *path, leaf = name.split(".")
+    return ".".join([*(OLD_NAMES.get(part, part) for part in path), leaf])
+
+
 def tensor_name(name: str) -> str:
     """Return the name in a checkpoint of a parameter here."""
     *path, leaf = name.split(".")
-    return ".".join([*path, leaf if leaf == "bias" else "weight"])
+    return ".".join([*path, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
 
 
 def to_parameter(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
@@ -96,7 +101,8 @@ def to_tensor(name: str, parameter: np.ndarray) -> tuple[str, np.ndarray]:
     """Return a parameter with its name and its layout in a checkpoint."""
     if name.endswith(".kernel"):
         parameter = parameter.transpose(3, 2, 0, 1) if parameter.ndim == 4 else parameter.T
-    return tensor_name(name), np.ascontiguousarray(parameter)
+    # Not `ascontiguousarray`, which makes a vector of a scalar.
+    return tensor_name(name), np.asarray(parameter, order="C")
 
 
 def merge(
@@ -191,20 +197,19 @@ class _Matching:
         """Return the name of a tensor's parameter, or None if there is none of that shape."""
         if published_name in IGNORED:
             return None
-        name = parameter_name(published_name, len(shape))
-        # A weight of another rank is still that weight, and has a wrong shape.
-        name = self.published.get(tensor_name(name), name)
         tensor = shorten(published_name, 150), brief(list(shape))
+        # Found by name alone: a weight of another rank is still that weight, of a wrong shape.
+        name = self.published.get(_current_name(published_name))
+        if name is None:
+            self._add("left over", *tensor)
+            return None
         if name in self.met:
             self._add("twice, under two names", *tensor)
         self.met.add(name)
-        if name not in self.shapes:
-            self._add("left over", *tensor)
-        elif list(shape) != (expected := _published_shape(name, self.shapes)):
+        if list(shape) != (expected := _published_shape(name, self.shapes)):
             self._add("wrong shape", tensor[0], f"{tensor[1]}, expected {expected}")
-        else:
-            return name
-        return None
+            return None
+        return name
 
     def finish(self, where: str) -> None:
         """Raise `UserError` if tensors are missing, left over or of other shapes."""

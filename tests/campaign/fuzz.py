@@ -262,15 +262,44 @@ def model_json(rng: random.Random) -> Iterator[Case]:
     files = {path: path.read_bytes() for path in paths}
     while True:
         path = rng.choice(paths)
-        content = files[path]
-        if rng.random() < 0.4:
-            content = mutate(rng, content, list(files.values()))
-        else:
-            changed = change_tree(rng, json.loads(content))
-            content = json.dumps(changed, ensure_ascii=rng.random() < 0.5).encode(
-                "utf-8", "surrogatepass"
-            )
+        content = change_json(rng, files[path], list(files.values()))
         yield Case(path.name, content, model_folder(rng, path.name, content, path.parent.name))
+
+
+def change_json(rng: random.Random, content: bytes, others: Sequence[bytes]) -> bytes:
+    """Returns JSON with a few other values, or a damaged copy of its text."""
+    if rng.random() < 0.4:
+        return mutate(rng, content, others)
+    changed = change_tree(rng, json.loads(content))
+    return json.dumps(changed, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+
+
+def clip_json(rng: random.Random) -> Iterator[Case]:
+    from tav_jax.models.clip_image import CLIPModel
+    from tav_jax.models.network import parameter_shapes
+    from tav_jax.pretrained import clip_configs as configs
+    from tav_jax.pretrained.preprocess import Preprocessing
+    from tav_jax.reading import read_json
+
+    def read_config(path: Path) -> object:
+        return parameter_shapes(CLIPModel, configs.read_clip_config(read_json(path)))
+
+    def read_preprocessing(path: Path) -> object:
+        return configs.read_preprocessor_config(read_json(path))
+
+    config = {
+        "model_type": "clip",
+        "projection_dim": 6,
+        "text_config": {"vocab_size": 99, "hidden_size": 8, "num_attention_heads": 2},
+        "vision_config": {"image_size": 12, "patch_size": 5, "hidden_act": "gelu"},
+    }
+    older = config | {"text_config_dict": {"eos_token_id": 2}, "vision_config_dict": None}
+    preprocessing = configs.write_preprocessor_config(Preprocessing())
+    trees = [(config, read_config), (older, read_config), (preprocessing, read_preprocessing)]
+    texts = [json.dumps(tree).encode() for tree, _ in trees]
+    while True:
+        which = rng.randrange(len(trees))
+        yield Case("config.json", change_json(rng, texts[which], texts), trees[which][1])
 
 
 # --- texts
@@ -387,6 +416,7 @@ TARGETS: dict[str, Callable[[random.Random], Iterator[Case]]] = {
     "video": video,
     "weights": weights,
     "json": model_json,
+    "clip": clip_json,
     "yaml": yaml_config,
     "plan": plan,
 }

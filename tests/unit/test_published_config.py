@@ -483,11 +483,11 @@ def test_all_problems_of_a_text_encoder_are_in_one_message():
         read_text_config({"model_type": "t5"})
     assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]] == [
         "model_type",
-        "vocab_size",
         "hidden_size",
         "intermediate_size",
         "num_hidden_layers",
         "num_attention_heads",
+        "vocab_size",
         "max_position_embeddings",
     ]
 

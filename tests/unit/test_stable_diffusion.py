@@ -383,6 +383,10 @@ ALWAYS = sorted(
 )
 SHARDS = [f"diffusion_pytorch_model-{i:05}-of-00002.safetensors" for i in (1, 2)]
 
+CLIP_PROCESSOR = ["config.json", "merges.txt", "preprocessor_config.json", "vocab.json"]
+CLIP_WEIGHTS = "model.safetensors"
+CLIP_CLUTTER = ["README.md", "pytorch_model.bin", "flax_model.msgpack", "onnx/model.safetensors"]
+
 
 def with_fp16(name):
     return name.replace(".safetensors", ".fp16.safetensors")
@@ -408,6 +412,8 @@ def hub_repositories():
         "me/half": half,
         "me/sharded": sharded,
         "me/never-asked-for": plain,
+        "me/clip": dict.fromkeys([*CLIP_PROCESSOR, CLIP_WEIGHTS, *CLIP_CLUTTER], b"{}"),
+        "me/processor": dict.fromkeys([*CLIP_PROCESSOR, CLIP_WEIGHTS, *CLIP_CLUTTER], b"[]"),
     }
 
 
@@ -451,11 +457,16 @@ class Hub(BaseHTTPRequestHandler):
 FIND = """
 import json, sys, time
 time.sleep = lambda seconds: None  # the client waits longer before every further try
-from tav_jax.pretrained.hub import find_folder
+from tav_jax.pretrained.hub import CLIP_STEMS, find_folder
+kinds = {
+    "me/clip": dict(option="clip", stems=CLIP_STEMS, index="config.json"),
+    "me/no-clip": dict(option="clip", stems=CLIP_STEMS, index="config.json"),
+    "me/processor": dict(option="processor", stems={}, index="preprocessor_config.json"),
+}
 answers = []
 for repo, variant in json.loads(sys.argv[1]):
     try:
-        answers.append(str(find_folder(repo, variant=variant)))
+        answers.append(str(find_folder(repo, variant=variant, **kinds.get(repo, {}))))
     except BaseException as error:
         answers.append([type(error).__name__, str(error)])
 print(json.dumps(answers))
@@ -495,6 +506,9 @@ def hub(tmp_path_factory):
         ["me/half", None],
         ["me/sharded", None],
         ["me/unknown", None],
+        ["me/clip", None],
+        ["me/processor", None],
+        ["me/no-clip", None],
     ]
     try:
         answers = find_elsewhere(requests, **environment)
@@ -527,9 +541,20 @@ SHARDED_WEIGHTS = [
 )
 def test_of_a_repository_only_what_will_be_read_is_downloaded(hub, repo, weights):
     _, answers = hub
-    folder = Path(answers[repo])
-    downloaded = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    assert downloaded == sorted([*ALWAYS, *weights])
+    assert files_in(answers[repo]) == sorted([*ALWAYS, *weights])
+
+
+def files_in(folder):
+    return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file())
+
+
+def test_of_clip_the_weights_are_downloaded_and_of_another_ones_processor_none(hub):
+    _, answers = hub
+    assert files_in(answers["me/clip"]) == sorted([*CLIP_PROCESSOR, CLIP_WEIGHTS])
+    assert files_in(answers["me/processor"]) == CLIP_PROCESSOR
+    kind, message = answers["me/no-clip"]
+    assert kind == "MissingFileError"
+    assert message.startswith("clip: no folder 'me/no-clip', nor such a model on the Hub")
 
 
 def test_a_downloaded_model_loads_like_the_folder(hub, model):
@@ -565,13 +590,14 @@ def test_an_id_that_the_hub_does_not_know_is_one_line_that_says_so(hub):
 def without_hub(request, hub):
     """What is answered to a repository that the cache has and to one that it lacks."""
     environment, _ = hub
-    requests = [["me/plain", None], ["me/never-asked-for", None]]
+    requests = [["me/plain", None], ["me/never-asked-for", None], ["me/clip", None]]
     return find_elsewhere(requests, **environment, **request.param)
 
 
 def test_without_the_hub_the_cache_serves_what_it_has(hub, without_hub):
     _, answers = hub
     assert without_hub[0] == answers["me/plain"]
+    assert without_hub[2] == answers["me/clip"]
 
 
 def test_without_the_hub_what_the_cache_lacks_is_one_line(without_hub):

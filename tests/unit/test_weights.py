@@ -76,6 +76,8 @@ def numbered(*axes):
             id="position embedding",
         ),
         pytest.param("time_embedding.linear_1.weight", 2, "time_embedding.linear_1.kernel", id="t"),
+        pytest.param("a.class_embedding", 1, "a.class_embedding", id="a vector of no layer"),
+        pytest.param("logit_scale", 0, "logit_scale", id="a scalar of no module"),
     ],
 )
 def test_a_published_name_and_ours_are_each_others_translation(published, rank, ours):
@@ -254,10 +256,19 @@ def test_a_module_that_may_lack_is_still_read_where_it_is():
 
 
 def test_position_ids_are_passed_over_and_nothing_like_them():
-    ignored = ("text_model.embeddings.position_ids", numbered(1, 77))
-    assert merge(SHAPES, [*TENSORS.items(), ignored]).keys() == SHAPES.keys()
-    with pytest.raises(ValueError, match=r"left over: vision_model\.embeddings\.position_ids"):
-        merge(SHAPES, [*TENSORS.items(), ("vision_model.embeddings.position_ids", numbered(1, 7))])
+    for tower in ("text_model", "vision_model"):
+        ignored = (f"{tower}.embeddings.position_ids", numbered(1, 77))
+        assert merge(SHAPES, [*TENSORS.items(), ignored]).keys() == SHAPES.keys()
+    with pytest.raises(ValueError, match=r"left over: embeddings\.position_ids"):
+        merge(SHAPES, [*TENSORS.items(), ("embeddings.position_ids", numbered(1, 7))])
+
+
+@pytest.mark.parametrize("name", ["conv.kernel", "conv.anything", "weight"])
+def test_a_weight_is_found_by_its_published_name_only(name):
+    tensors = dict(TENSORS)
+    tensors[name] = tensors.pop("conv.weight")
+    with pytest.raises(ValueError, match=rf"left over: {name} .*\n  missing: conv\.weight"):
+        merge(SHAPES, tensors.items())
 
 
 @pytest.mark.parametrize("stored", ["float16", "float32", "bfloat16", "float64"])
