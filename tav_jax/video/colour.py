@@ -1,9 +1,11 @@
 """A decoded frame to an sRGB image on white: matrix, range, HDR and transparency."""
 
+from fractions import Fraction
 from functools import cache
 
 import numpy as np
 from av import VideoFrame
+from av.filter import Graph
 from av.video.reformatter import (
     ColorPrimaries,
     ColorRange,
@@ -15,7 +17,7 @@ from av.video.reformatter import (
 from jaxtyping import Float32, UInt8, UInt16
 from PIL import Image
 
-from tav_jax.video.images import lay_on_white
+from tav_jax.video.images import STRIP_PIXELS, lay_on_white
 
 HDR_CURVES: dict[int, str] = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 
@@ -54,7 +56,11 @@ OTHER_MATRICES = {
     14: "ICtCp",
 }
 
-ROWS = 128  # of an HDR frame are converted at once, which bounds the memory
+ROWS = 128  # of an HDR frame are converted at once, so that they stay in the cache
+
+# Rows above and below a strip from which swscale interpolates its chroma, and a multiple of the
+# height of the patterns that it adds against banding.
+MARGIN = 16
 
 # Within 2 levels of the definition; swscale's defaults are up to 4 off.
 _EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -85,9 +91,42 @@ def to_image(frame: VideoFrame, reformatter: VideoReformatter) -> Image.Image:
     to full brightness with its hue kept. Transparent pixels are blended with white.
 
     Args:
-        frame: The frame.
+        frame: The frame. If its `opaque` is another frame, then that one's luma is its opacity.
         reformatter: Keeps swscale's tables from one frame to the next.
     """
+    matrix = None
+    # swscale would take every untagged frame for BT.601.
+    if frame.colorspace not in READ_MATRICES and not frame.format.is_rgb:
+        matrix = Colorspace.ITU709 if frame.height >= HD_LINES else Colorspace.ITU601
+    height = max(STRIP_PIXELS // frame.width // MARGIN, 1) * MARGIN
+    # FFmpeg converts the few formats of which it cannot cut rows.
+    if frame.height <= height or _crop(frame, slice(0, MARGIN)).format.name != frame.format.name:
+        return _convert(frame, frame.opaque, reformatter, matrix)
+    image = Image.new("RGB", (frame.width, frame.height))
+    for start in range(0, frame.height, height):
+        first, stop = max(start - MARGIN, 0), min(start + height, frame.height)
+        rows = slice(first, min(stop + MARGIN, frame.height))
+        alpha = _crop(frame.opaque, rows) if isinstance(frame.opaque, VideoFrame) else None
+        strip = _convert(_crop(frame, rows), alpha, reformatter, matrix)
+        image.paste(strip.crop((0, start - first, frame.width, stop - first)), (0, start))
+    return image
+
+
+def _crop(frame: VideoFrame, rows: slice) -> VideoFrame:
+    """Return some rows of a frame, with its properties, as a view."""
+    graph = Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1)
+    )
+    crop = graph.add("crop", f"iw:{rows.stop - rows.start}:0:{rows.start}:exact=1")
+    graph.link_nodes(source, crop, graph.add("buffersink")).configure()
+    graph.vpush(frame)
+    return graph.vpull()
+
+
+def _convert(
+    frame: VideoFrame, alpha: object, reformatter: VideoReformatter, matrix: int | None
+) -> Image.Image:
     transparent = frame.format.has_palette or any(
         component.is_alpha for component in frame.format.components
     )
@@ -96,7 +135,7 @@ def to_image(frame: VideoFrame, reformatter: VideoReformatter) -> Image.Image:
         primaries = frame.color_primaries
         if primaries == ColorPrimaries.UNSPECIFIED:
             primaries = ColorPrimaries.BT2020
-        rgba = _reformat(frame, reformatter, "rgba64le")
+        rgba = _reformat(frame, reformatter, "rgba64le", matrix)
         pixels = (rgba >> 8).astype(np.uint8)
         for start in range(0, len(rgba), ROWS):
             rows = slice(start, start + ROWS)
@@ -104,16 +143,23 @@ def to_image(frame: VideoFrame, reformatter: VideoReformatter) -> Image.Image:
         if not transparent:
             pixels = pixels[..., :3]
     else:
-        pixels = _reformat(frame, reformatter, "rgba" if transparent else "rgb24")
+        pixels = _reformat(frame, reformatter, "rgba" if transparent else "rgb24", matrix)
     image = Image.fromarray(pixels)
+    if isinstance(alpha, VideoFrame):
+        image.putalpha(Image.fromarray(_luma(alpha)))
+        transparent = True
     return lay_on_white(image) if transparent else image
 
 
-def _reformat(frame: VideoFrame, reformatter: VideoReformatter, format: str) -> np.ndarray:
-    matrix = None
-    # swscale would take every untagged frame for BT.601.
-    if frame.colorspace not in READ_MATRICES and not frame.format.is_rgb:
-        matrix = Colorspace.ITU709 if frame.height >= HD_LINES else Colorspace.ITU601
+def _luma(frame: VideoFrame) -> UInt8[np.ndarray, "H W"]:
+    plane = frame.planes[0]
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
+    return rows[:, : frame.width]
+
+
+def _reformat(
+    frame: VideoFrame, reformatter: VideoReformatter, format: str, matrix: int | None
+) -> np.ndarray:
     return reformatter.reformat(
         frame,
         format=format,

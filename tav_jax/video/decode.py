@@ -31,8 +31,15 @@ FORMATS = (
 # times of its frames, and decoding begins at the keyframe before each.
 FEW_FRAMES = 256
 
-# Decoders that read the transparency of a WebM; FFmpeg's own leave it out.
-ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+# Whose transparency in a WebM is a second stream of pictures, in side data of the packets. FFmpeg's
+# decoders leave it to their caller. libvpx reads it, but has no limit of a frame's size.
+CODECS_WITH_ALPHA_APART = ("vp8", "vp9")
+
+# A decoder holds five frames or so from which it predicts others, and one for each thread that
+# decodes a frame in advance. Where no frame depends on another it holds one or two.
+MOST_FRAME_BYTES = 144_000_000
+MOST_INTRA_FRAME_BYTES = 2 * MOST_FRAME_BYTES
+THREADS = 4
 
 # In which a stream of unknown size must show its first frame: minutes of video.
 MOST_PACKETS = 10_000
@@ -135,7 +142,7 @@ def _require_small_frames(path: Path) -> None:
         for stream in container.streams.video:
             if stream.codec_context is None:
                 continue
-            refuse_large(path, stream.width, stream.height)
+            refuse_large(path, stream.width, stream.height, MAX_PIXELS)
             if not stream.width:
                 stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
                 unknown.append(stream)
@@ -168,16 +175,29 @@ class _Video:
             raise UserError(f"{path}: its video codec is unknown; convert it to an mp4")
         if not stream.width:  # FFmpeg drops a size over `max_pixels`
             raise _no_frame(path)
-        refuse_large(path, stream.width, stream.height)
+        refuse_large(path, stream.width, stream.height, MAX_PIXELS)
         self.decoder = stream.codec_context
-        if stream.metadata.get("alpha_mode") == "1" and self.decoder.name in ALPHA_DECODERS:
-            decoder = av.CodecContext.create(ALPHA_DECODERS[self.decoder.name], "r")
-            assert isinstance(decoder, av.VideoCodecContext)
-            self.decoder = decoder
-        self.decoder.options = {"max_pixels": str(MAX_PIXELS)}
-        # Threads that decode a frame each wait for one another for ever in some damaged HEVC.
-        self.decoder.thread_type = "SLICE" if self.decoder.name == "hevc" else "AUTO"
-        self.decoder.thread_count = 4  # each thread decodes a frame in advance
+        # A stream that was copied from one file to another may have them in capitals.
+        self.tags = {name.lower(): value for name, value in stream.metadata.items()}
+        self.alpha: av.VideoCodecContext | None = None
+        if self.tags.get("alpha_mode") == "1" and self.decoder.name in CODECS_WITH_ALPHA_APART:
+            alpha = av.CodecContext.create(self.decoder.name, "r")
+            assert isinstance(alpha, av.VideoCodecContext)
+            self.alpha = alpha
+        most = _most_pixels(self.decoder, pictures=1 if self.alpha is None else 2)
+        refuse_large(path, stream.width, stream.height, most)
+        # Threads that decode a frame each wait for one another for ever in some damaged HEVC, and
+        # give a packet's frame later, when its transparency is gone.
+        frame_threads = (
+            stream.width * stream.height * THREADS <= most
+            and self.alpha is None
+            and self.decoder.name != "hevc"
+        )
+        for decoder in filter(None, (self.decoder, self.alpha)):
+            # Also for frames that grow against the header.
+            decoder.options = {"max_pixels": str(most // THREADS if frame_threads else most)}
+            decoder.thread_type = "AUTO" if frame_threads else "SLICE"
+            decoder.thread_count = THREADS
         self.reformatter = VideoReformatter()
         self.damaged = 0
         self.is_hdr = False
@@ -202,10 +222,9 @@ class _Video:
         """Return the times of all frames, found without decoding, or None if that is not exact."""
         # Some packets of VP8 hold no frame that is shown. In other containers some hold half a
         # frame, or have no time.
-        if self.decoder.name in (
-            *ALPHA_DECODERS.values(),
-            "vp8",
-        ) or not self.container.format.name.startswith(("mov", "matroska")):
+        if self.decoder.name == "vp8" or not self.container.format.name.startswith(
+            ("mov", "matroska")
+        ):
             return None
         times: list[int] = []
         keyframes: list[int] = []
@@ -244,6 +263,8 @@ class _Video:
                     self.container.seek(keyframe, stream=self.stream)
                 except av.FFmpegError:
                     raise _NotAsIndexedError from None
+                if self.alpha is not None:  # PyAV knows of the stream's own decoder only
+                    self.alpha.flush_buffers()
                 decoded = self.decode()
                 position = -1
             while position < target:
@@ -261,15 +282,24 @@ class _Video:
     def decode(self) -> Iterator[av.VideoFrame]:
         """Yield frames in the order in which they are shown; skip what is damaged, as players."""
         for packet in self._packets():
-            try:
-                frames = self.decoder.decode(packet)
-            except (
-                av.FFmpegError,
-                ValueError,
-            ):  # PyAV 19 raises ValueError if decoding never began
-                self.damaged += 1
-            else:
-                yield from frames
+            frames = self._decode_packet(self.decoder, packet)
+            if self.alpha is not None and (alpha_packet := _alpha_packet(packet)):
+                alphas = self._decode_packet(self.alpha, alpha_packet)
+                if list(map(_size, frames)) != list(map(_size, alphas)):
+                    self.damaged += 1
+                    continue
+                for frame, alpha in zip(frames, alphas, strict=True):
+                    frame.opaque = alpha  # see `to_image`
+            yield from frames
+
+    def _decode_packet(
+        self, decoder: av.VideoCodecContext, packet: av.Packet | None
+    ) -> list[av.VideoFrame]:
+        try:
+            return decoder.decode(packet)
+        except (av.FFmpegError, ValueError):  # PyAV 19 raises ValueError if decoding never began
+            self.damaged += 1
+            return []
 
     def _packets(self) -> Iterator[av.Packet | None]:
         try:
@@ -311,9 +341,8 @@ class _Video:
             a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
             return a, b, c, d
         # Old files name the angle in a tag, in degrees clockwise.
-        tags = {name.lower(): value for name, value in self.stream.metadata.items()}
         turns = {"90": (0, 1, -1, 0), "180": (-1, 0, 0, -1), "270": (0, -1, 1, 0)}
-        return turns.get(tags.get("rotate", ""), (1, 0, 0, 1))
+        return turns.get(self.tags.get("rotate", ""), (1, 0, 0, 1))
 
     def warn_of_damage(self) -> None:
         """Print a note if some of the file could not be decoded."""
@@ -323,6 +352,26 @@ class _Video:
                 "or give an intact file",
                 stacklevel=2,
             )
+
+
+def _most_pixels(decoder: av.VideoCodecContext, pictures: int) -> int:
+    """Return the pixels that a frame may have, by the bytes of each and of so many pictures."""
+    most = MOST_INTRA_FRAME_BYTES if decoder.codec.intra_only else MOST_FRAME_BYTES
+    bits = decoder.format.padded_bits_per_pixel if decoder.format else 8
+    return min(MAX_PIXELS, 8 * most // (bits * pictures))
+
+
+def _alpha_packet(packet: av.Packet | None) -> av.Packet | None:
+    """Return the picture of a packet's transparency in Matroska, or None if it has none."""
+    if packet is None or not packet.has_sidedata("matroska_block_additional"):
+        return None
+    kind_and_data = bytes(packet.get_sidedata("matroska_block_additional"))
+    kind, data = kind_and_data[:8], kind_and_data[8:]
+    return av.Packet(data) if int.from_bytes(kind) == 1 and data else None
+
+
+def _size(frame: av.VideoFrame) -> tuple[int, int]:
+    return frame.width, frame.height
 
 
 def _no_frame(path: Path) -> UserError:

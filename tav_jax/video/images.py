@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from tav_jax.errors import MissingFileError, UserError
 
@@ -20,7 +20,9 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Pillow's readers. It has others, some of which start programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
-MAX_PIXELS = 64_000_000  # of a frame: 192 MB in RGB
+MAX_PIXELS = 64_000_000  # of a frame: 256 MB, which is what Pillow takes for RGB and RGBA
+MAX_CANVAS_PIXELS = 36_000_000  # of an animated image, or a WebP, of which Pillow holds five copies
+STRIP_PIXELS = 2**22  # Larger images and frames are converted in strips, which bounds the memory.
 
 WEBP_ANIMATION, WEBP_ALPHA = 0x02, 0x10  # flags in the chunk VP8X
 
@@ -76,8 +78,7 @@ def read_folder(path: Path, choose: Choose, resize: Resize) -> list[np.ndarray]:
     frames = []
     for index in choose(len(files)):
         with _open_image(files[index]) as image:
-            rgb = _to_rgb(image)
-        frames.append(resize(rgb, 1.0))
+            frames.append(resize(_to_rgb(image), 1.0))
     return frames
 
 
@@ -126,18 +127,23 @@ def _first_shown(image: Image.Image) -> int:
     return int(getattr(image, "default_image", False))
 
 
-def refuse_large(path: Path, width: int, height: int) -> None:
+def refuse_large(path: Path, width: int, height: int, most: int) -> None:
     """Raise UserError if frames of this size would take too much memory."""
-    if width * height > MAX_PIXELS:
+    if width * height > most:
         raise UserError(
-            f"{path}: {width}x{height} is over {MAX_PIXELS // 10**6} megapixels; scale it down"
+            f"{path}: {width}x{height} is over {most / 1e6:.3g} megapixels; scale it down"
         )
 
 
 def lay_on_white(image: Image.Image) -> Image.Image:
     """Return an image with transparency on a white ground, as browsers show it."""
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    opaque = Image.new("RGB", image.size)
+    height = max(STRIP_PIXELS // image.width, 1)
+    for top in range(0, image.height, height):
+        strip = image.crop((0, top, image.width, min(top + height, image.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        opaque.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return opaque
 
 
 def _natural_order(path: Path) -> tuple[list[str | int], str]:
@@ -156,7 +162,8 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = Image.open(_content(path), formats=FORMATS)
         with opened as image:
-            refuse_large(path, *image.size)
+            several = image.format == "WEBP" or getattr(image, "is_animated", False)
+            refuse_large(path, *image.size, MAX_CANVAS_PIXELS if several else MAX_PIXELS)
             yield image
     except UserError:
         raise
@@ -182,7 +189,11 @@ def _content(path: Path) -> Path | BytesIO:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "I;16":  # Pillow would clip 16-bit grey at 255 instead of scaling it.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return lay_on_white(image) if image.has_transparency_data else image.convert("RGB")
+    if image.has_transparency_data:
+        return lay_on_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -22,14 +22,16 @@ FOUND = sorted((fuzz.ROOT / "tests/campaign/found").iterdir())
 @pytest.mark.parametrize("path", FOUND, ids=lambda path: path.name)
 @pytest.mark.parametrize("sampling", ["rate", "uniform"])
 def test_a_clip_that_was_found_once_is_read_or_refused(path, sampling):
-    """In a process of its own: the first of these made FFmpeg wait for ever."""
+    """In a process of its own: the first of these made FFmpeg wait for ever, others take memory."""
     code = (
-        "import sys; from tav_jax import UserError, read_frames\n"
+        "import sys, fuzz; from tav_jax import UserError, read_frames\n"
+        "before = fuzz.memory('VmRSS')\n"
         "try: read_frames(sys.argv[1], n_sample_frames=4, width=32, height=32, "
-        "sampling=sys.argv[2])\nexcept UserError: pass"
+        "sampling=sys.argv[2])\nexcept UserError: pass\n"
+        "assert fuzz.memory('VmHWM') - before < fuzz.MOST_MEMORY"
     )
     command = [sys.executable, "-c", code, path, sampling]
-    subprocess.run(command, timeout=300, check=True)
+    subprocess.run(command, timeout=300, check=True, cwd=fuzz.ROOT / "tests/campaign")
 
 
 def test_what_is_not_handled_is_found(tmp_path, monkeypatch, capsys):
