@@ -815,6 +815,14 @@ PLANS = {
         f"runs: {['x'] * 1000}\nprompts: {['x'] * 1000}\nseeds: {list(range(1000))}",
         "1000000000 videos",
     ),
+    "million.yaml": (
+        f"runs: [{{run}}]\nprompts: {['x'] * 1000}\nseeds: {list(range(1000))}",
+        "1000000 videos",
+    ),
+    "ten million.yaml": (
+        f"runs: {['x'] * 10_000}\nprompts: {['x'] * 1000}",
+        "10000000 videos",
+    ),
     "bomb.yaml": (bomb(9), "aliases"),
     "half.yaml": ('runs: [{run}]\nprompts: ["\\ud800"]', "line 2"),
     "list.yaml": ("- a", "runs and prompts"),
@@ -827,6 +835,9 @@ PLANS = {
     "no run.csv": ("run,prompt\n,a\n", "line 2, run: missing"),
     "twice.csv": ("run,prompt,prompt\n{run},a,b\n", "'prompt' is there twice"),
     "huge.csv": (f"run,prompt\n{{run}},{'x' * 200_000}\n", "line 2"),
+    "huge name.csv": (f"run,{'x' * 200_000}\n{{run}},a\n", "line 1"),
+    "huge in quotes.csv": (f'run,prompt\n{{run}},"{"x" * 200_000}"\n', "line 2"),
+    "open quote.csv": (f'run,prompt\n{{run}},"{"a,b" * 100_000}', "line 2"),
     "header.csv": ("run,prompt\n", "asks for nothing"),
     "tilde.csv": ("run,prompt\n~nosuchuser/x,a\n", "no such user"),
 }

@@ -144,7 +144,12 @@ def test_a_limit_on_files_is_one_line_and_leaves_no_half_checkpoint(write_config
     assert list((run / "checkpoints").iterdir()) == []
 
 
-def test_a_run_whose_folder_is_removed_ends_with_status_1(start, write_config, tmp_path):
+def rename(run):
+    run.rename(run.with_name("renamed"))
+
+
+@pytest.mark.parametrize("harm", [shutil.rmtree, rename])
+def test_a_run_whose_folder_is_removed_ends_with_status_1(harm, start, write_config, tmp_path):
     run = tmp_path / "run"
     config = write_config(
         validation_data={"prompts": []}, max_train_steps=5000, checkpointing_steps=5000
@@ -157,7 +162,7 @@ def test_a_run_whose_folder_is_removed_ends_with_status_1(start, write_config, t
         ):
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        shutil.rmtree(run)
+        harm(run)
         _, err = process.communicate(timeout=600)
     finally:
         if process.poll() is None:
