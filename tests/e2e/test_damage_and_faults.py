@@ -148,7 +148,17 @@ def rename(run):
     run.rename(run.with_name("renamed"))
 
 
-@pytest.mark.parametrize("harm", [shutil.rmtree, rename])
+def replace_by_empty(run):
+    rename(run)
+    run.mkdir()
+
+
+def replace_by_file(run):
+    rename(run)
+    run.write_text("a file")
+
+
+@pytest.mark.parametrize("harm", [shutil.rmtree, rename, replace_by_empty, replace_by_file])
 def test_a_run_whose_folder_is_removed_ends_with_status_1(harm, start, write_config, tmp_path):
     run = tmp_path / "run"
     config = write_config(
@@ -170,4 +180,7 @@ def test_a_run_whose_folder_is_removed_ends_with_status_1(harm, start, write_con
     assert process.returncode == 1, err
     assert f"error: {run / 'config.yaml'} is gone: the run's folder was removed" in err
     assert "Traceback" not in err
-    assert not run.exists()
+    if harm == replace_by_file:
+        assert run.read_text() == "a file"
+    else:
+        assert not run.exists()
