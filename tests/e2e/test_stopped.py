@@ -16,6 +16,14 @@ from tav_jax.files import atomic_write
 PATIENCE = 600  # seconds, for cores that do much else
 
 
+@pytest.fixture(autouse=True)
+def hangups_arrive():
+    """Tests may run under `nohup`, whose processes would pass on that SIGHUP is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def wait_for(condition, process):
     deadline = time.monotonic() + PATIENCE
     while not condition():
