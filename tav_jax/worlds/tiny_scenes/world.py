@@ -9,10 +9,11 @@ from jaxtyping import Int, UInt8
 from tav_jax.worlds.recipe import Recipe
 from tav_jax.worlds.tiny_scenes.detector import read_frame
 from tav_jax.worlds.tiny_scenes.drawing import render
-from tav_jax.worlds.tiny_scenes.edits import TAUGHT, edits_of
+from tav_jax.worlds.tiny_scenes.edits import edits_of
 from tav_jax.worlds.tiny_scenes.metrics import measure
 from tav_jax.worlds.tiny_scenes.networks import TEXT_ENCODER, UNET, VAE
 from tav_jax.worlds.tiny_scenes.scenes import (
+    ATTRIBUTES,
     CLIPS,
     SIZE,
     TAUGHT_STYLES,
@@ -28,7 +29,7 @@ from tav_jax.worlds.world import World
 def read(images: UInt8[np.ndarray, "n H W 3"]) -> dict[str, Int[np.ndarray, "n"]]:
     """Return the index of each attribute's value in each image, -1 without a subject."""
     seen = read_frame(images, styles=TAUGHT_STYLES)
-    return {name: np.where(seen.present, getattr(seen, name), -1) for name in TAUGHT}
+    return {name: np.where(seen.present, getattr(seen, name), -1) for name in ATTRIBUTES}
 
 
 TINY_SCENES = World(
@@ -39,7 +40,7 @@ TINY_SCENES = World(
     unet=UNET,
     text_encoder=TEXT_ENCODER,
     words=WORDS,
-    attributes=TAUGHT,
+    attributes=ATTRIBUTES,
     sample_scenes=partial(sample_scenes, styles=TAUGHT_STYLES),
     training_scenes=training_scenes,
     draw=draw,
