@@ -90,6 +90,11 @@ def visible_phase(scene: Scene, time: float | int) -> float:
     return phase_at(scene, time) * STEPS_PER_PERIOD.get(scene.verb, 1) % 1
 
 
+def phases_apart(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    """Return how far phases are from one another, from 0 to 1/2 of a period."""
+    return np.abs((a - b + 0.5) % 1 - 0.5)
+
+
 def centre(scene: Scene, time: float | int) -> Point:
     """Return where the middle of the figure's torso is at a time, in pixels."""
     held = pose(scene.verb, phase_at(scene, time))

@@ -7,7 +7,7 @@ from jaxtyping import Float32, Float64, UInt8
 from PIL import Image, ImageFilter
 
 from tav_jax.worlds.figures.detector import Reading, read_frames
-from tav_jax.worlds.figures.drawing import Truth, pan_at, truth
+from tav_jax.worlds.figures.drawing import Truth, pan_at, phases_apart, truth
 from tav_jax.worlds.figures.scenes import ATTRIBUTES, VERBS, Scene
 from tav_jax.worlds.metrics import change, flips, follow_clip, follow_prompt
 
@@ -53,7 +53,7 @@ def measure(video: Frames, clip: Scene, asks: Mapping[str, str]) -> dict[str, fl
     centre = np.stack([seen.x, seen.y], axis=1)
     follows, error = follow_clip(centre, true.centre, seen.present)
     moves = np.ptp(true.centre, axis=0).max() >= LEAST_MOTION
-    in_time = np.abs((seen.phase - true.phase + 0.5) % 1 - 0.5) < IN_PHASE
+    in_time = phases_apart(seen.phase, true.phase) < IN_PHASE
     in_phase = in_time & (shown["verb"] == list(VERBS).index(clip.verb))
     return follow_prompt(shown, ATTRIBUTES, asks) | {
         "found": float(seen.present.mean()),

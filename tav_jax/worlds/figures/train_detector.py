@@ -26,7 +26,7 @@ from tav_jax.types import Params, PRNGKey, Scalar
 from tav_jax.video.read import to_pixel_values
 from tav_jax.worlds.figures.backgrounds import panorama
 from tav_jax.worlds.figures.detector import Detector, read_frames
-from tav_jax.worlds.figures.drawing import centre, draw_batch, visible_phase
+from tav_jax.worlds.figures.drawing import centre, draw_batch, phases_apart, visible_phase
 from tav_jax.worlds.figures.scenes import (
     ATTRIBUTES,
     SIZE,
@@ -172,8 +172,8 @@ def judge(network: Network[Detector], drawings: Drawings) -> str:
         parts.append(f"{name} {np.mean((getattr(seen, name) == values)[counts]):.3f}")
     place = np.stack([seen.x, seen.y], axis=1)
     apart = np.linalg.norm(place - (labels.centre + 1) * (SIZE / 2), axis=1)[there]
-    turn = seen.phase - np.arctan2(labels.phase[:, 0], labels.phase[:, 1]) / (2 * np.pi)
-    turn = np.abs((turn + 0.5) % 1 - 0.5)[there]
+    phase = np.arctan2(labels.phase[:, 0], labels.phase[:, 1]) / (2 * np.pi)
+    turn = phases_apart(seen.phase, phase)[there]
     parts.append(f"centre {apart.mean():.2f} pixels")
     parts.append(f"phase within 1/8 {np.mean(turn < 1 / 8):.3f}")
     return ", ".join(parts)
