@@ -1,13 +1,13 @@
-"""The untrained networks of a world's base model."""
+"""The networks of the worlds' base models: their shapes, and untrained ones."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tav_jax.models.clip import CLIPTextModel
+from tav_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from tav_jax.models.network import Network, init_network
-from tav_jax.models.unet import UNet3DConditionModel
-from tav_jax.models.vae import AutoencoderKL
+from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
+from tav_jax.models.vae import AutoencoderKL, VAEConfig
 from tav_jax.pretrained.configs import read_schedule
 from tav_jax.pretrained.model import Model
 from tav_jax.worlds.recipe import Recipe, TrainingKeys
@@ -26,6 +26,59 @@ SCHEDULER = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+
+TEXT_ENCODER = CLIPTextConfig(
+    vocab_size=1,  # replaced by the tokenizer's
+    hidden_size=64,
+    intermediate_size=256,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    max_position_embeddings=24,  # the longest caption of any world has 18 tokens
+    layer_norm_eps=1e-5,
+    hidden_act="quick_gelu",
+)
+
+
+def vae_config(block_out_channels: tuple[int, ...]) -> VAEConfig:
+    """Return the shape of an autoencoder whose levels have these widths."""
+    return VAEConfig(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=block_out_channels,
+        layers_per_block=1,
+        norm_num_groups=8,
+        scaling_factor=1.0,  # the training ends with normalised latents
+    )
+
+
+def unet_config(block_out_channels: tuple[int, ...], sample_size: int) -> UNetConfig:
+    """Return the shape of a U-Net that attends at all of its levels.
+
+    Args:
+        block_out_channels: Width of each level.
+        sample_size: Side of the latents.
+    """
+    levels = len(block_out_channels)
+    return UNetConfig(
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=block_out_channels,
+        down_attention=(True,) * levels,
+        up_attention=(True,) * levels,
+        num_attention_heads=(4,) * levels,
+        layers_per_block=1,
+        cross_attention_dim=TEXT_ENCODER.hidden_size,
+        norm_num_groups=16,
+        norm_eps=1e-5,
+        use_linear_projection=False,
+        flip_sin_to_cos=True,
+        freq_shift=0.0,
+        sample_size=sample_size,
+        # An image model: each image attends only to itself. Tuning inflates it like any other.
+        attention_scope="spatial",
+        temporal_attention=False,
+    )
 
 
 def scheduler_config(recipe: Recipe) -> dict[str, Any]:
@@ -54,9 +107,9 @@ def init_model(
         vae: The trained autoencoder.
         tokenizer_folder: Where the tokenizer's files are written.
     """
-    length = world.text_encoder.max_position_embeddings
+    length = TEXT_ENCODER.max_position_embeddings
     tokenizer = write_tokenizer(tokenizer_folder, world.words, length)
-    text_encoder = replace(world.text_encoder, vocab_size=len(tokenizer))
+    text_encoder = replace(TEXT_ENCODER, vocab_size=len(tokenizer))
     return Model(
         tokenizer,
         init_network(CLIPTextModel, text_encoder, keys.text_encoder_init),

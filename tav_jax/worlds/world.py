@@ -7,7 +7,6 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
 
-from tav_jax.models.clip import CLIPTextConfig
 from tav_jax.models.unet import UNetConfig
 from tav_jax.models.vae import VAEConfig
 from tav_jax.worlds.recipe import Recipe
@@ -62,7 +61,6 @@ class World(Generic[Scene]):
         recipe: The numbers of that training.
         vae: Shape of the autoencoder.
         unet: Shape of the U-Net.
-        text_encoder: Shape of the text encoder. The tokenizer decides the size of its vocabulary.
         words: Every word of every caption.
         attributes: The values of each attribute of a scene, by the attribute's name.
         sample_scenes: See `SampleScenes`.
@@ -86,7 +84,6 @@ class World(Generic[Scene]):
     recipe: Recipe
     vae: VAEConfig
     unet: UNetConfig
-    text_encoder: CLIPTextConfig
     words: Sequence[str]
     attributes: Mapping[str, Sequence[str]]
     sample_scenes: SampleScenes[Scene]

@@ -6,7 +6,7 @@ from tav_jax.worlds.figures.detector import read
 from tav_jax.worlds.figures.drawing import render
 from tav_jax.worlds.figures.edits import EDITS
 from tav_jax.worlds.figures.metrics import measure
-from tav_jax.worlds.figures.networks import TEXT_ENCODER, UNET, VAE
+from tav_jax.worlds.figures.networks import UNET, VAE
 from tav_jax.worlds.figures.scenes import (
     ATTRIBUTES,
     CLIPS,
@@ -28,7 +28,6 @@ FIGURES = World(
     ),
     vae=VAE,
     unet=UNET,
-    text_encoder=TEXT_ENCODER,
     words=WORDS,
     attributes=ATTRIBUTES,
     sample_scenes=sample_scenes,

@@ -11,7 +11,7 @@ from tav_jax.worlds.tiny_scenes.detector import read_frame
 from tav_jax.worlds.tiny_scenes.drawing import render
 from tav_jax.worlds.tiny_scenes.edits import edits_of
 from tav_jax.worlds.tiny_scenes.metrics import measure
-from tav_jax.worlds.tiny_scenes.networks import TEXT_ENCODER, UNET, VAE
+from tav_jax.worlds.tiny_scenes.networks import UNET, VAE
 from tav_jax.worlds.tiny_scenes.scenes import (
     ATTRIBUTES,
     CLIPS,
@@ -38,7 +38,6 @@ TINY_SCENES = World(
     recipe=Recipe(),
     vae=VAE,
     unet=UNET,
-    text_encoder=TEXT_ENCODER,
     words=WORDS,
     attributes=ATTRIBUTES,
     sample_scenes=partial(sample_scenes, styles=TAUGHT_STYLES),
