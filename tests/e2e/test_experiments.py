@@ -126,7 +126,7 @@ def test_a_world_brings_its_own_clips_and_model():
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
     folder, keys = tmp_path_factory.mktemp("untrained"), training_keys(0)
-    width = FIGURES.text_encoder.hidden_size
+    width = FIGURES.unet.cross_attention_dim
     unet = replace(UNET, cross_attention_dim=width, temporal_attention=False)
     small = replace(FIGURES, unet=unet, vae=replace(VAE, block_out_channels=(8, 8, 16)))
     model = init_model(
