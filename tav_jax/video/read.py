@@ -9,7 +9,9 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from tav_jax.errors import MissingFileError, UserError
-from tav_jax.video.images import is_image, read_folder, read_image
+from tav_jax.video.images import Choose, Resize, is_image, read_folder, read_image
+
+MOST_WHOLE_PIXELS = 2**29  # of a clip that is read whole: 1.6 GB as 8-bit colours
 
 
 class Clip(NamedTuple):
@@ -80,10 +82,6 @@ def read_clip(
     path = Path(path)
     if fit not in ("stretch", "crop"):
         raise UserError(f"fit is {fit!r}; it must be 'stretch' or 'crop'")
-    if not path.exists():
-        raise MissingFileError(f"{path}: no such video file or folder of images")
-    if not (path.is_file() or path.is_dir()):  # To open a pipe would wait for ever.
-        raise UserError(f"{path}: not a regular file; give a video file or a folder of images")
     indices: list[int] = []
 
     def choose(length: int) -> list[int]:
@@ -100,6 +98,59 @@ def read_clip(
         resized = image.resize((width, height), Image.Resampling.BICUBIC, box=crop)
         return np.asarray(resized)
 
+    last = sample_start_idx + (n_sample_frames - 1) * sample_frame_rate
+    frames, rate = _read(path, choose, resize, last if sampling == "rate" else None)
+    step = (indices[-1] - indices[0]) / max(len(indices) - 1, 1) or sample_frame_rate
+    fps = float(f"{rate / step:.5g}") if rate else None  # 29.97 and not 29.97002997
+    return Clip(frames, fps)
+
+
+def read_all_frames(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "f H W 3"]:
+    """Return every frame of a clip in its own size, as a player shows it (see `read_clip`).
+
+    Args:
+        path: A video file, a GIF, APNG or WebP, or a folder of images in natural order.
+
+    Raises:
+        MissingFileError: There is no such file or folder, or no image in the folder.
+        UserError: The frames cannot be read, or have more than `MOST_WHOLE_PIXELS` in all.
+    """
+    path, length = Path(path), 0
+
+    def choose(number: int) -> list[int]:
+        nonlocal length
+        length = number
+        return list(range(number))
+
+    def keep(image: Image.Image, pixel_aspect: float) -> np.ndarray:
+        if (pixels := length * image.width * image.height) > MOST_WHOLE_PIXELS:
+            raise UserError(
+                f"{path}: {length} frames of {image.width}x{image.height} are {pixels:,} pixels; "
+                f"at most {MOST_WHOLE_PIXELS:,} are read at once"
+            )
+        if pixel_aspect != 1:
+            square = (max(1, round(image.width * pixel_aspect)), image.height)
+            image = image.resize(square, Image.Resampling.BICUBIC)
+        return np.asarray(image)
+
+    return _read(path, choose, keep)[0]
+
+
+def _read(
+    path: Path, choose: Choose, resize: Resize, last: int | None = None
+) -> tuple[UInt8[np.ndarray, "f H W 3"], float | None]:
+    """Return the chosen frames, and how many of the clip's frames are shown in a second.
+
+    Args:
+        path: The clip.
+        choose: Returns the indices to read.
+        resize: Returns a frame as it is wanted.
+        last: The index of the last frame, if it is known without the clip's length.
+    """
+    if not path.exists():
+        raise MissingFileError(f"{path}: no such video file or folder of images")
+    if not (path.is_file() or path.is_dir()):  # To open a pipe would wait for ever.
+        raise UserError(f"{path}: not a regular file; give a video file or a folder of images")
     if path.is_dir():
         frames, rate = read_folder(path, choose, resize), None
     elif is_image(path):
@@ -108,12 +159,9 @@ def read_clip(
         # Imported at its first use, because FFmpeg's libraries take a tenth of a second.
         from tav_jax.video.decode import FEW_FRAMES, read_video
 
-        last = sample_start_idx + (n_sample_frames - 1) * sample_frame_rate
-        all_from_start = sampling == "rate" and last < FEW_FRAMES
-        frames, rate = read_video(path, choose, resize, from_start=all_from_start)
-    step = (indices[-1] - indices[0]) / max(len(indices) - 1, 1) or sample_frame_rate
-    fps = float(f"{rate / step:.5g}") if rate else None  # 29.97 and not 29.97002997
-    return Clip(np.stack(frames), fps)
+        from_start = last is not None and last < FEW_FRAMES
+        frames, rate = read_video(path, choose, resize, from_start=from_start)
+    return np.stack(frames), rate
 
 
 def _centre(size: tuple[int, int], aspect: float) -> tuple[float, float, float, float]:

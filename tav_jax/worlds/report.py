@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 
+from tav_jax.evaluation.intervals import Interval, bootstrap_over_clips
 from tav_jax.files import atomic_write
 
 matplotlib.use("Agg")
@@ -14,8 +15,6 @@ from matplotlib import pyplot as plt
 
 Record = dict[str, Any]
 """One variant on one clip with one seed: variant, clip, motion, seed, and the videos' metrics."""
-
-RESAMPLES = 4000
 
 
 class Measure(NamedTuple):
@@ -87,28 +86,6 @@ PLOTTED = {
 }
 
 
-class Interval(NamedTuple):
-    """A mean over clips, and the interval that holds 95 % of the bootstrap means."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f} ({self.low:.2f} to {self.high:.2f})"
-
-
-def bootstrap(per_clip: Sequence[float]) -> Interval:
-    """Return the mean over clips with its percentile interval, by drawing clips with replacement.
-
-    Efron & Tibshirani 1993, chapter 13.
-    """
-    values = np.asarray(per_clip, np.float64)
-    drawn = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Interval(float(values.mean()), float(low), float(high))
-
-
 def summarise(records: Sequence[Record], measure: Measure) -> Interval | None:
     """Return a metric over records. Seeds and prompts are first averaged within each clip.
 
@@ -121,7 +98,7 @@ def summarise(records: Sequence[Record], measure: Measure) -> Interval | None:
             metrics = video | {"motion": record["motion"]}
             if measure.selects(metrics) and metrics[measure.metric] is not None:
                 by_clip.setdefault(record["clip"], []).append(metrics[measure.metric])
-    return bootstrap([float(np.mean(x)) for x in by_clip.values()]) if by_clip else None
+    return bootstrap_over_clips(by_clip) if by_clip else None
 
 
 def write_report(

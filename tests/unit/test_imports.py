@@ -17,8 +17,9 @@ FLOORS = (
     {"editing"},
     {"pipeline", "stopping"},
     {"console"},
-    {"runs", "evaluation"},
-    {"worlds", "bench", "tune", "sample", "batch", "check"},
+    {"runs"},
+    {"evaluation"},
+    {"worlds", "bench", "tune", "sample", "batch", "check", "evaluate"},
     {"scenes"},  # the former names of the commands in worlds
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tav_jax.worlds.report import EDITS, Measure, bootstrap, right_share, summarise, write_report
+from tav_jax.evaluation.intervals import bootstrap
+from tav_jax.worlds.report import EDITS, Measure, right_share, summarise, write_report
 from tav_jax.worlds.tiny_scenes.drawing import render
 from tav_jax.worlds.tiny_scenes.edits import edits_of
 from tav_jax.worlds.tiny_scenes.metrics import measure

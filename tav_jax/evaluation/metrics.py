@@ -1,0 +1,185 @@
+"""All metrics by name: what each needs, how it is computed, and which value is better.
+
+The part of a name after the dot is the protocol: who has defined it, or what flow it uses. Values
+of different protocols must not be compared. docs/evaluation.md says what each shows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from tav_jax.errors import UserError
+from tav_jax.evaluation import clip_metrics, flow_metrics, frame_metrics
+from tav_jax.evaluation.clip_features import image_features, text_features
+from tav_jax.evaluation.examples import Example, Frames, Material
+from tav_jax.pretrained.clip import Clip
+
+Vectors = Float[np.ndarray, "f d"]
+
+
+class VideoFeatures(NamedTuple):
+    """CLIP's features of a video's frames, on this host."""
+
+    projected: Vectors
+    pooled: Vectors
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An example with its frames and the network that looks at them. Features are computed once."""
+
+    example: Example
+    material: Material
+    clip: Clip | None = None
+
+    @property
+    def frames(self) -> Frames:
+        """The video."""
+        return self.material.frames
+
+    @property
+    def source(self) -> Frames:
+        """The source video."""
+        if self.material.source is None:
+            raise UserError(self.material.no_source)
+        return self.material.source
+
+    @property
+    def mask(self) -> Bool[np.ndarray, "f H W"]:
+        """Where the edited object is."""
+        if self.material.mask is None:
+            raise UserError("no mask is given")
+        return self.material.mask
+
+    @cached_property
+    def features(self) -> "VideoFeatures":
+        """The features of the frames."""
+        return self._look_at(self.frames)
+
+    @cached_property
+    def square_features(self) -> "VideoFeatures":
+        """The features of the frames at 480x480."""
+        return self._look_at(clip_metrics.resize_as_loveu(self.frames))
+
+    def _look_at(self, frames: Frames) -> "VideoFeatures":
+        assert self.clip is not None
+        features = image_features(self.clip, frames)
+        return VideoFeatures(np.asarray(features.projected), np.asarray(features.pooled))
+
+    @cached_property
+    def texts(self) -> Vectors:
+        """The features of the prompt and of the source's prompt."""
+        assert self.clip is not None
+        prompts = [self.example.prompt, self.example.source_prompt or ""]
+        return np.asarray(text_features(self.clip, prompts).projected)
+
+    @property
+    def scale(self) -> float:
+        """The network's factor of cosines."""
+        assert self.clip is not None
+        return self.clip.scale
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of one video.
+
+    Args:
+        name: Its name, with its protocol.
+        better: Which value is better.
+        score: Computes it. Raises `UserError` if the example lacks what it needs.
+        network: The CLIP network that it needs, a key of `networks.NETWORKS`.
+    """
+
+    name: str
+    better: Literal["more", "less"]
+    score: Callable[[Subject], float]
+    network: str | None = None
+
+
+def _text_loveu(subject: Subject) -> float:
+    frames = subject.square_features.projected
+    return clip_metrics.text_alignment(frames, subject.texts[0], subject.scale)
+
+
+def _text_v2vbench(subject: Subject) -> float:
+    frames = subject.features.projected
+    return clip_metrics.text_alignment(frames, subject.texts[0], subject.scale)
+
+
+def _frames_loveu(subject: Subject) -> float:
+    return clip_metrics.pairwise_similarity(subject.square_features.projected)
+
+
+def _frames_fatezero(subject: Subject) -> float:
+    return clip_metrics.temporal_similarity(subject.features.projected)
+
+
+def _frames_v2vbench(subject: Subject) -> float:
+    return clip_metrics.clamped_similarity(subject.features.pooled)
+
+
+def _accuracy_fatezero(subject: Subject) -> float:
+    if not subject.example.source_prompt:
+        raise UserError("no source_prompt is given")
+    prompt, source_prompt = subject.texts
+    return clip_metrics.prompt_accuracy(subject.features.projected, source_prompt, prompt)
+
+
+def _with_source(function: Callable[[Frames, Frames], float], subject: Subject) -> float:
+    return function(subject.frames, subject.source)
+
+
+def _with_mask(function: Callable[[Frames, Frames, np.ndarray], float], subject: Subject) -> float:
+    return function(subject.frames, subject.source, subject.mask)
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("clip_text.loveu", "more", _text_loveu, "ViT-L/14"),
+        Metric("clip_frames.loveu", "more", _frames_loveu, "ViT-L/14"),
+        Metric("pick_score.loveu", "more", _text_loveu, "PickScore"),
+        Metric("clip_text.v2vbench", "more", _text_v2vbench, "ViT-L/14"),
+        Metric("clip_frames.v2vbench", "more", _frames_v2vbench, "ViT-L/14"),
+        Metric("clip_frames.fatezero", "more", _frames_fatezero, "ViT-B/32"),
+        Metric("clip_accuracy.fatezero", "more", _accuracy_fatezero, "ViT-B/32"),
+        Metric(
+            "motion_alignment.dis", "more", partial(_with_source, flow_metrics.motion_alignment)
+        ),
+        Metric("ff_alpha.editboard", "less", partial(_with_source, flow_metrics.ff_alpha)),
+        Metric("ff_beta.editboard", "less", partial(_with_source, flow_metrics.ff_beta)),
+        Metric("warp_error.dis", "less", partial(_with_source, flow_metrics.warp_error)),
+        Metric("flicker.vbench", "more", lambda subject: frame_metrics.flicker(subject.frames)),
+        Metric(
+            "semantic_score.editboard", "less", partial(_with_mask, frame_metrics.semantic_score)
+        ),
+        Metric("background_psnr", "more", partial(_with_mask, frame_metrics.background_psnr)),
+        Metric("background_ssim", "more", partial(_with_mask, frame_metrics.background_ssim)),
+        Metric(
+            "background_psnr.five", "more", partial(_with_mask, frame_metrics.five_background_psnr)
+        ),
+    )
+}
+
+
+def select_metrics(names: Sequence[str] | None) -> list[Metric]:
+    """Return the metrics that are asked for, in the order of the table.
+
+    Args:
+        names: Names, or beginnings of names such as "clip_frames". None: all.
+
+    Raises:
+        UserError: A name is no metric's. All such names are listed.
+    """
+    if names is None:
+        return list(METRICS.values())
+    if unknown := [name for name in names if not any(m.startswith(name) for m in METRICS)]:
+        raise UserError(
+            f"--metrics: {', '.join(unknown)} is no metric; there are {', '.join(METRICS)}"
+        )
+    return [metric for name, metric in METRICS.items() if name.startswith(tuple(names))]

@@ -1,0 +1,178 @@
+"""Tables of scores: for a terminal, and as JSON, CSV and Markdown."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from tav_jax.evaluation.intervals import Interval, bootstrap_over_clips
+from tav_jax.evaluation.metrics import METRICS, Metric
+from tav_jax.evaluation.published import PublishedRow
+from tav_jax.evaluation.scores import Scored
+
+
+class Mean(NamedTuple):
+    """The mean of a metric over the clips of a system, its interval, and its number of videos."""
+
+    interval: Interval
+    n: int
+
+    def __str__(self) -> str:
+        digits = 2 if abs(self.interval.mean) >= 10 else 4
+        mean, low, high = (f"{value:.{digits}f}" for value in self.interval)
+        return f"{mean} ({low} to {high})"
+
+
+class Evaluation(NamedTuple):
+    """What was measured.
+
+    Args:
+        metrics: The metrics, in the order of the table's rows.
+        results: The scores of every video.
+        published: Published figures that are shown beside them.
+    """
+
+    metrics: Sequence[Metric]
+    results: Sequence[Scored]
+    published: Sequence[PublishedRow]
+
+    def systems(self) -> dict[str, dict[str, Mean]]:
+        """Return the means of each system by metric. A metric without any score is left out."""
+        groups: dict[str, list[Scored]] = {}
+        for result in self.results:
+            groups.setdefault(result.example.system, []).append(result)
+        return {
+            system: {
+                metric.name: mean
+                for metric in self.metrics
+                if (mean := _mean(results, metric.name)) is not None
+            }
+            for system, results in groups.items()
+        }
+
+    def not_computed(self) -> dict[str, list[str]]:
+        """Return the metrics that some videos have no score of, by the reason."""
+        by_reason: dict[str, list[str]] = {}
+        for metric in self.metrics:
+            reasons: dict[str, int] = {}
+            for result in self.results:
+                if metric.name in result.reasons:
+                    reason = result.reasons[metric.name]
+                    reasons[reason] = reasons.get(reason, 0) + 1
+            for reason, count in reasons.items():
+                some = f" (for {count} of {len(self.results)} videos)"
+                named = metric.name + (some if count < len(self.results) else "")
+                by_reason.setdefault(reason, []).append(named)
+        return by_reason
+
+
+def _mean(results: Sequence[Scored], metric: str) -> Mean | None:
+    by_clip: dict[str, list[float]] = {}
+    for result in results:
+        if metric in result.scores:
+            by_clip.setdefault(result.example.clip, []).append(result.scores[metric])
+    if not by_clip:
+        return None
+    return Mean(bootstrap_over_clips(by_clip), sum(map(len, by_clip.values())))
+
+
+def text_table(evaluation: Evaluation) -> str:
+    """Return the table for a terminal: a row for each metric, a column for each system."""
+    header, *rows = _rows(evaluation)
+    parts = [_aligned([header, *rows])] if rows else []
+    if evaluation.published:
+        head = ("published elsewhere, on other clips", "metric", "value", "source")
+        parts.append(_aligned([head, *_published(evaluation)]))
+    parts += _reasons(evaluation)
+    return "\n\n".join(parts)
+
+
+def markdown_table(evaluation: Evaluation) -> str:
+    """Return the same tables as Markdown."""
+    parts = []
+    header, *rows = _rows(evaluation)
+    if rows:
+        parts.append(_markdown([header, *rows]))
+        parts.append("Means over clips, with the interval that holds 95 % of their bootstrap.")
+    if evaluation.published:
+        head = ("published elsewhere, on other clips", "metric", "value", "source")
+        parts.append(_markdown([head, *_published(evaluation)]))
+    parts += _reasons(evaluation)
+    return "\n\n".join(parts) + "\n"
+
+
+def json_text(evaluation: Evaluation) -> str:
+    """Return everything as JSON: the systems' means, every video's scores, published figures."""
+    tree = {
+        "systems": {
+            system: {name: {**mean.interval._asdict(), "n": mean.n} for name, mean in means.items()}
+            for system, means in evaluation.systems().items()
+        },
+        "videos": [_record(result) for result in evaluation.results],
+        "published": [row._asdict() for row in evaluation.published],
+        "not_computed": {
+            name: reason for reason, names in evaluation.not_computed().items() for name in names
+        },
+    }
+    return json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def csv_text(evaluation: Evaluation) -> str:
+    """Return a row for every video."""
+    text = io.StringIO()
+    names = ["system", "video", "prompt", *(metric.name for metric in evaluation.metrics)]
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_record(result) for result in evaluation.results)
+    return text.getvalue()
+
+
+def _record(result: Scored) -> dict[str, Any]:
+    example = result.example
+    return {
+        "system": example.system,
+        "video": str(example.video),
+        "prompt": example.prompt,
+        **result.scores,
+    }
+
+
+def _rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    systems = evaluation.systems()
+    counts = dict.fromkeys(systems, 0)
+    for result in evaluation.results:
+        counts[result.example.system] += 1
+    head = ("metric", "better", *(f"{name}, {counts[name]} videos" for name in systems))
+    rows = [
+        (
+            metric.name,
+            METRICS[metric.name].better,
+            *(str(means.get(metric.name, "-")) for means in systems.values()),
+        )
+        for metric in evaluation.metrics
+        if any(metric.name in means for means in systems.values())
+    ]
+    return [head, *rows]
+
+
+def _published(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    return [(row.system, row.metric, f"{row.value:g}", row.source) for row in evaluation.published]
+
+
+def _reasons(evaluation: Evaluation) -> list[str]:
+    missing = evaluation.not_computed()
+    lines = [f"not computed: {', '.join(names)}: {reason}" for reason, names in missing.items()]
+    return ["\n".join(lines)] if lines else []
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in escaped]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -1,0 +1,155 @@
+"""Pages in a real browser without a network: the preference study.
+
+They need playwright (the extra `browser`) and Chromium, which the system brings.
+"""
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+
+from tav_jax import evaluate
+from tav_jax.video.write import write_video
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+
+# Without these it asks its maker's servers at every start.
+SILENT = ["disable-background-networking", "disable-component-update", "disable-sync"]
+OPTIONS = [f"--{name}" for name in ("no-sandbox", "disable-gpu", "disable-quic", *SILENT)]
+PROMPTS = [f"prompt {number}" for number in range(9)] + ["<script>document.title='ran'</script>"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Returns the page of a study of ten pairs."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number, prompt in enumerate(PROMPTS):
+        rows.append((f"{number}.mp4", prompt))
+        for system in ("ours", "theirs"):
+            (tmp_path / system).mkdir(exist_ok=True)
+            frames = rng.integers(0, 256, (3, 32, 32, 3), np.uint8)
+            write_video(tmp_path / system / f"{number}.mp4", frames, fps=4)
+    with (tmp_path / "prompts.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("video", "prompt"), *rows])
+    page = tmp_path / "study.html"
+    systems = [f"--system={name}={tmp_path / name}" for name in ("ours", "theirs")]
+    table = f"--prompts={tmp_path / 'prompts.csv'}"
+    assert evaluate.main([*systems, table, f"--study={page}", "--study-seed=4"]) == 0
+    return page
+
+
+def prompt_of(page):
+    return page.locator("#prompt").inner_text().strip("“”")
+
+
+def choose(page, question, side):
+    page.locator(f"button[data-question={question}][data-side={side}]").click()
+
+
+def save(page, folder):
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save the answers").click()
+    file = folder / download.value.suggested_filename
+    download.value.save_as(file)
+    return file
+
+
+def test_ten_pairs_are_answered_by_clicks_and_give_the_table(browser, study, tmp_path, capsys):
+    page = browser.new_page()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(study.as_uri())
+    seen = []
+    for number in range(10):
+        assert page.locator("#count").inner_text() == f"Pair {number + 1} of 10"
+        videos = page.locator("#videos video")
+        assert videos.count() == 2
+        page.wait_for_function(
+            "() => [...document.querySelectorAll('#videos video')].every(v => v.videoWidth === 32)"
+        )
+        assert page.locator("#next").is_disabled(), "both questions come first"
+        seen.append(prompt_of(page))
+        choose(page, "quality", "left")
+        choose(page, "faithfulness", "left" if number < 5 else "right")
+        choose(page, "faithfulness", "right")  # another mind
+        page.locator("#next").click()
+    assert sorted(seen) == sorted(PROMPTS)
+    assert seen != PROMPTS, "in random order"
+    assert page.title() == "Which video is better?", "a prompt stays text"
+    answers = save(page, tmp_path)
+    assert not [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
+    page.close()
+
+    with answers.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 20
+    assert [row["prompt"] for row in rows[::2]] == seen
+    # What the table must say, from the exported sides.
+    lefts = sum(row["left"] == "ours" for row in rows if row["question"] == "quality")
+    assert 0 < lefts < 10
+    capsys.readouterr()
+    assert evaluate.main(["--answers", str(answers)]) == 0
+    table = capsys.readouterr().out
+    for question, ours in (("quality", lefts), ("faithfulness", 10 - lefts)):
+        first, second = ("ours", "theirs") if ours >= 5 else ("theirs", "ours")
+        share = f"{10 * max(ours, 10 - ours):.2f} %"
+        assert f"| {question} | {first} | {second} | {share} |" in table
+
+
+def test_keys_answer_and_progress_is_kept(browser, study, tmp_path):
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(study.as_uri())
+    first = prompt_of(page)
+    for key in ("1", "2", "Enter", "2", "2", "Enter", "Backspace"):
+        page.keyboard.press(key)
+    assert page.locator("#count").inner_text() == "Pair 2 of 10"
+    page.close()
+
+    page = context.new_page()
+    page.goto(study.as_uri())
+    assert page.locator("#count").inner_text() == "Pair 2 of 10", "where it was left"
+    page.keyboard.press("Backspace")
+    assert prompt_of(page) == first
+    pressed = page.locator("button[aria-pressed=true]")
+    assert [pressed.nth(index).get_attribute("data-side") for index in range(2)] == [
+        "left",
+        "right",
+    ]
+    page.keyboard.press("Enter")
+    page.keyboard.press("Enter")
+    for _ in range(8):
+        for key in ("1", "1", "Enter"):
+            page.keyboard.press(key)
+    answers = save(page, tmp_path)
+    with answers.open() as file:
+        rows = list(csv.DictReader(file))
+    expected = ["left", "right", "right", "right"] + ["left"] * 16
+    assert [row["answer"] for row in rows] == expected
+    assert len({row["rater"] for row in rows}) == 1
+    context.close()
+
+
+def test_touch_works_on_a_small_screen(browser, study, tmp_path):
+    context = browser.new_context(viewport={"width": 360, "height": 640}, has_touch=True)
+    page = context.new_page()
+    page.goto(study.as_uri())
+    for question in ("quality", "faithfulness"):
+        page.locator(f"button[data-question={question}][data-side=right]").tap()
+    page.locator("#next").tap()
+    assert page.locator("#count").inner_text() == "Pair 2 of 10"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360, "nothing is cut off"
+    page.screenshot(path=tmp_path / "small.png")
+    context.close()
