@@ -37,6 +37,8 @@ QUICK = {
     "unit/test_documents.py",
     "unit/test_figures_to_markdown.py",
     "unit/test_files.py",
+    "unit/test_flow_metrics.py",
+    "unit/test_frame_metrics.py",
     "unit/test_gpu_hlo.py",
     "unit/test_imports.py",
     "unit/test_lock.py",
