@@ -13,12 +13,13 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from tav_jax.errors import UserError
-from tav_jax.evaluation import clip_metrics, flow_metrics, frame_metrics
+from tav_jax.evaluation import clip_metrics, flow_metrics, frame_metrics, optical_flow
 from tav_jax.evaluation.clip_features import image_features, text_features
 from tav_jax.evaluation.examples import Example, Frames, Material
 from tav_jax.pretrained.clip import Clip
 
 Vectors = Float[np.ndarray, "f d"]
+Flow = Float[np.ndarray, "g H W 2"]
 
 
 class VideoFeatures(NamedTuple):
@@ -69,6 +70,27 @@ class Subject:
         assert self.clip is not None
         features = image_features(self.clip, frames)
         return VideoFeatures(np.asarray(features.projected), np.asarray(features.pooled))
+
+    @cached_property
+    def flow(self) -> Flow:
+        """The optical flow of the video."""
+        return optical_flow.dis_flow(self.frames)
+
+    @cached_property
+    def source_flow(self) -> Flow:
+        """The optical flow of the source."""
+        return optical_flow.dis_flow(self.source)
+
+    @cached_property
+    def editboard(self) -> tuple[Frames, Frames]:
+        """The video and its source as EditBoard resizes them."""
+        video, source = map(optical_flow.resize_as_editboard, (self.frames, self.source))
+        return video, source
+
+    @cached_property
+    def editboard_source_flow(self) -> Flow:
+        """The source's optical flow as EditBoard computes it."""
+        return optical_flow.farneback_flow(self.editboard[1])
 
     @cached_property
     def texts(self) -> Vectors:
@@ -130,8 +152,27 @@ def _accuracy_fatezero(subject: Subject) -> float:
     return clip_metrics.prompt_accuracy(subject.features.projected, source_prompt, prompt)
 
 
-def _with_source(function: Callable[[Frames, Frames], float], subject: Subject) -> float:
-    return function(subject.frames, subject.source)
+def _motion_alignment(subject: Subject) -> float:
+    return flow_metrics.motion_alignment(subject.flow, subject.source_flow)
+
+
+def _ff_alpha(subject: Subject) -> float:
+    return flow_metrics.ff_alpha(*subject.editboard, subject.editboard_source_flow)
+
+
+def _ff_beta(subject: Subject) -> float:
+    flow = optical_flow.farneback_flow(subject.editboard[0])
+    return flow_metrics.ff_beta(flow, subject.editboard_source_flow)
+
+
+def _warp_error(subject: Subject) -> float:
+    back = optical_flow.dis_flow(subject.source[::-1])[::-1]
+    return flow_metrics.warp_error(subject.frames, subject.source_flow, back)
+
+
+def _semantic_score(subject: Subject) -> float:
+    mask = optical_flow.resize_mask_as_editboard(subject.mask)
+    return frame_metrics.semantic_score(*subject.editboard, mask)
 
 
 def _with_mask(function: Callable[[Frames, Frames, np.ndarray], float], subject: Subject) -> float:
@@ -148,20 +189,18 @@ METRICS = {
         Metric("clip_frames.v2vbench", "more", _frames_v2vbench, "ViT-L/14"),
         Metric("clip_frames.fatezero", "more", _frames_fatezero, "ViT-B/32"),
         Metric("clip_accuracy.fatezero", "more", _accuracy_fatezero, "ViT-B/32"),
-        Metric(
-            "motion_alignment.dis", "more", partial(_with_source, flow_metrics.motion_alignment)
-        ),
-        Metric("ff_alpha.editboard", "less", partial(_with_source, flow_metrics.ff_alpha)),
-        Metric("ff_beta.editboard", "less", partial(_with_source, flow_metrics.ff_beta)),
-        Metric("warp_error.dis", "less", partial(_with_source, flow_metrics.warp_error)),
+        Metric("motion_alignment.dis", "more", _motion_alignment),
+        Metric("ff_alpha.editboard", "less", _ff_alpha),
+        Metric("ff_beta.editboard", "less", _ff_beta),
+        Metric("warp_error.dis", "less", _warp_error),
         Metric("flicker.vbench", "more", lambda subject: frame_metrics.flicker(subject.frames)),
-        Metric(
-            "semantic_score.editboard", "less", partial(_with_mask, frame_metrics.semantic_score)
-        ),
+        Metric("semantic_score.editboard", "less", _semantic_score),
         Metric("background_psnr", "more", partial(_with_mask, frame_metrics.background_psnr)),
         Metric("background_ssim", "more", partial(_with_mask, frame_metrics.background_ssim)),
         Metric(
-            "background_psnr.five", "more", partial(_with_mask, frame_metrics.five_background_psnr)
+            "background_psnr.five",
+            "more",
+            partial(_with_mask, frame_metrics.five_background_psnr),
         ),
     )
 }

@@ -21,7 +21,8 @@ class Mean(NamedTuple):
     def __str__(self) -> str:
         digits = 2 if abs(self.interval.mean) >= 10 else 4
         mean, low, high = (f"{value:.{digits}f}" for value in self.interval)
-        return f"{mean} ({low} to {high})"
+        # Of one clip there is no interval.
+        return mean if self.interval.low == self.interval.high else f"{mean} ({low} to {high})"
 
 
 class Evaluation(NamedTuple):
