@@ -98,7 +98,8 @@ def _score(args: argparse.Namespace, examples: "Sequence[Example]") -> None:
     from tav_jax.evaluation.published import published_rows
     from tav_jax.evaluation.scores import default_store, score_examples
 
-    metrics = select_metrics(args.metrics.split(",") if args.metrics else None)
+    models = {example.made_by for example in examples if example.made_by}
+    metrics = select_metrics(args.metrics.split(",") if args.metrics else None, models)
     networks = {
         "ViT-L/14": args.clip_l14,
         "ViT-B/32": args.clip_b32,

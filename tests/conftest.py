@@ -54,6 +54,7 @@ QUICK = {
     "unit/test_shipped_files.py",
 }
 FULL = {
+    "campaign/test_damage.py",
     "campaign/test_faults.py",
     "campaign/test_kills.py",
     "e2e/test_aot_cuda.py",
@@ -62,6 +63,7 @@ FULL = {
     "e2e/test_batch.py::test_a_worker_that_dies_is_named_and_its_videos_are_made_by_the_others",
     "e2e/test_batch.py::test_an_interrupt_ends_all_workers_and_the_same_command_makes_the_rest",
     "e2e/test_bench.py",
+    "e2e/test_browser.py",
     "e2e/test_compile_cache.py::test_a_second_start_compiles_nothing",
     "e2e/test_distributed.py",
     "e2e/test_edit.py",

@@ -4,7 +4,7 @@ The part of a name after the dot is the protocol: who has defined it, or what fl
 of different protocols must not be compared. docs/evaluation.md says what each shows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Literal, NamedTuple
@@ -128,13 +128,17 @@ def _text_loveu(subject: Subject) -> float:
     return clip_metrics.text_alignment(frames, subject.texts[0], subject.scale)
 
 
-def _text_v2vbench(subject: Subject) -> float:
+def _text(subject: Subject) -> float:
     frames = subject.features.projected
     return clip_metrics.text_alignment(frames, subject.texts[0], subject.scale)
 
 
 def _frames_loveu(subject: Subject) -> float:
     return clip_metrics.pairwise_similarity(subject.square_features.projected)
+
+
+def _frames_figures(subject: Subject) -> float:
+    return clip_metrics.pairwise_similarity(subject.features.projected)
 
 
 def _frames_fatezero(subject: Subject) -> float:
@@ -185,10 +189,12 @@ METRICS = {
         Metric("clip_text.loveu", "more", _text_loveu, "ViT-L/14"),
         Metric("clip_frames.loveu", "more", _frames_loveu, "ViT-L/14"),
         Metric("pick_score.loveu", "more", _text_loveu, "PickScore"),
-        Metric("clip_text.v2vbench", "more", _text_v2vbench, "ViT-L/14"),
+        Metric("clip_text.v2vbench", "more", _text, "ViT-L/14"),
         Metric("clip_frames.v2vbench", "more", _frames_v2vbench, "ViT-L/14"),
         Metric("clip_frames.fatezero", "more", _frames_fatezero, "ViT-B/32"),
         Metric("clip_accuracy.fatezero", "more", _accuracy_fatezero, "ViT-B/32"),
+        Metric("clip_text.figures", "more", _text, "figures"),
+        Metric("clip_frames.figures", "more", _frames_figures, "figures"),
         Metric("motion_alignment.dis", "more", _motion_alignment),
         Metric("ff_alpha.editboard", "less", _ff_alpha),
         Metric("ff_beta.editboard", "less", _ff_beta),
@@ -206,17 +212,19 @@ METRICS = {
 }
 
 
-def select_metrics(names: Sequence[str] | None) -> list[Metric]:
+def select_metrics(names: Sequence[str] | None, models: Collection[str] = ()) -> list[Metric]:
     """Return the metrics that are asked for, in the order of the table.
 
     Args:
-        names: Names, or beginnings of names such as "clip_frames". None: all.
+        names: Names, or beginnings of names such as "clip_frames". None: all that mean something.
+        models: The base models that made the videos. The shipped scorer knows `tiny-figures` only.
 
     Raises:
         UserError: A name is no metric's. All such names are listed.
     """
     if names is None:
-        return list(METRICS.values())
+        skipped = () if "tiny-figures" in models else ("figures",)
+        return [metric for metric in METRICS.values() if metric.network not in skipped]
     if unknown := [name for name in names if not any(m.startswith(name) for m in METRICS)]:
         raise UserError(
             f"--metrics: {', '.join(unknown)} is no metric; there are {', '.join(METRICS)}"

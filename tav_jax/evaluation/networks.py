@@ -14,7 +14,7 @@ class Published(NamedTuple):
     """A published network.
 
     Args:
-        repository: Its Hub id.
+        repository: Its Hub id, or its folder if it is shipped.
         size: Of its weights, for a message.
         option: The option that names a folder for it.
         shape: Width, layers and patch size of its image encoder, by which it is known.
@@ -28,6 +28,10 @@ class Published(NamedTuple):
     processor: str | None = None
 
 
+# Trained on the drawn world of `tiny-figures` by `tav_jax.worlds.figures.train_scorer`. It knows
+# that world only.
+SHIPPED = Path(__file__).parents[1] / "worlds/figures/scorer"
+
 NETWORKS = {
     "ViT-L/14": Published("openai/clip-vit-large-patch14", "1.7 GB", "--clip-l14", (1024, 24, 14)),
     "ViT-B/32": Published("openai/clip-vit-base-patch32", "0.6 GB", "--clip-b32", (768, 12, 32)),
@@ -38,6 +42,7 @@ NETWORKS = {
         (1280, 32, 14),
         "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     ),
+    "figures": Published(str(SHIPPED), "1.1 MB", "", (96, 4, 8)),
 }
 
 

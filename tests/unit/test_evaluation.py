@@ -134,7 +134,9 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_computed(
 
 
 def test_metrics_are_chosen_by_name_or_beginning():
-    assert select_metrics(None) == list(METRICS.values())
+    assert select_metrics(None, ["tiny-figures"]) == list(METRICS.values())
+    without = [name for name in METRICS if not name.endswith(".figures")]
+    assert [metric.name for metric in select_metrics(None, ["another"])] == without
     chosen = [metric.name for metric in select_metrics(["flicker.vbench", "ff_"])]
     assert sorted(chosen) == ["ff_alpha.editboard", "ff_beta.editboard", "flicker.vbench"]
     with pytest.raises(UserError, match=r"fid, lpips is no metric; there are clip_text.loveu"):
