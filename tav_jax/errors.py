@@ -35,6 +35,10 @@ class ExistingFileError(UserError, FileExistsError):
     """A file that the user did not ask to overwrite is in the way."""
 
 
+class InUseError(UserError):
+    """Another process is at work on the same thing."""
+
+
 class DamagedError(UserError, RuntimeError):
     """Something that was written whole has changed since, or cannot be read."""
 

@@ -2,13 +2,15 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tav_jax.console import Parser, command, say
-from tav_jax.errors import UserError
+from tav_jax.errors import InUseError, UserError
 from tav_jax.files import atomic_write, first_unwritable_parent
+from tav_jax.stopping import advise, start_job
 
 if TYPE_CHECKING:
     from tav_jax.evaluation.examples import Example
@@ -25,6 +27,9 @@ examples:
     python -m tav_jax.evaluate --run a=outputs/a --run b=outputs/b --study study.html
     python -m tav_jax.evaluate --answers answers-*.csv
 """
+
+
+SECONDS_TO_WAIT = 5  # between two looks at runs that other processes make
 
 
 def _named(text: str) -> tuple[str | None, str]:
@@ -44,6 +49,8 @@ def _parser() -> Parser:
     add("--run", action="append", default=[], metavar="[NAME=]DIR", help="a run; repeatable")
     add("--step", type=int, help="the runs' checkpoint (default: the newest with videos)")
     add("--system", action="append", default=[], metavar="NAME=DIR", help="videos; repeatable")
+    add("--suite", type=Path, metavar="FILE", help="a YAML of systems that are run and scored")
+    add("--output-dir", type=Path, metavar="DIR", help="the suite's runs (outputs/suites/NAME)")
     add("--prompts", type=Path, metavar="FILE", help="the table of the systems' videos")
     add("--metrics", metavar="NAMES", help="names or their beginnings, with commas (all)")
     add("--clip-l14", metavar="DIR", help="folder or Hub id in place of CLIP's ViT-L/14")
@@ -67,10 +74,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.answers:
         _print_preferences(args)
         return
+    start_job()
+    advise("the same command goes on")
     systems = _systems(args)
     # Imported here, so that --help and wrong arguments are quick.
     from tav_jax.evaluation.examples import examples_of_run, examples_of_systems
+    from tav_jax.evaluation.metrics import select_metrics
 
+    if args.metrics:
+        select_metrics(args.metrics.split(","))  # refuses before anything is read
     for option, path in (
         ("--json", args.json),
         ("--csv", args.csv),
@@ -79,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         if path is not None and (place := first_unwritable_parent(path.absolute().parent)):
             raise UserError(f"{option}: {place} is not a folder that can be written to")
-    examples = []
+    examples = _examples_of_suite(args) if args.suite else []
     for text in args.run:
         name, folder = _named(text)
         examples += examples_of_run(name, Path(folder), args.step)
@@ -89,6 +101,46 @@ def main(argv: Sequence[str] | None = None) -> None:
         _write_study(args, examples)
     else:
         _score(args, examples)
+
+
+def _examples_of_suite(args: argparse.Namespace) -> "list[Example]":
+    """Make the runs of a suite that are missing, and return their videos.
+
+    Several processes, also on several machines that share the folder, may run the same command:
+    each takes the runs that no other one is at.
+    """
+    from tav_jax.evaluation.examples import examples_of_run
+    from tav_jax.evaluation.metrics import select_metrics
+    from tav_jax.evaluation.suites import read_suite
+    from tav_jax.runs.tuning import Programs
+    from tav_jax.tune import is_made, tune
+
+    suite, runs = read_suite(
+        args.suite, args.output_dir or Path("outputs/suites") / args.suite.stem
+    )
+    if args.metrics is None and suite.metrics:
+        args.metrics = ",".join(suite.metrics)
+        select_metrics(suite.metrics)  # refuses before hours of work
+    left = [run for run in runs if not is_made(run.config)]
+    say(f"{args.suite}: {len(runs)} runs, {len(runs) - len(left)} of them there already")
+    programs: Programs = {}
+    while left:
+        in_use = []
+        for number, run in enumerate(left, 1):
+            say(f"run {number} of {len(left)}: {run.folder}")
+            try:
+                tune(run.config, programs)
+            except InUseError:
+                in_use.append(run)
+        if len(in_use) == len(left):
+            say(f"{len(left)} runs are being made by other processes: waiting")
+            time.sleep(SECONDS_TO_WAIT)
+        left = [run for run in in_use if not is_made(run.config)]
+    return [
+        example
+        for run in runs
+        for example in examples_of_run(run.system, run.folder, run.config.max_train_steps)
+    ]
 
 
 def _score(args: argparse.Namespace, examples: "Sequence[Example]") -> None:
@@ -169,9 +221,9 @@ def _systems(args: argparse.Namespace) -> dict[str, Path]:
     problems += [
         f"--system: {path}: no such folder" for _, path in named if not Path(path).is_dir()
     ]
-    if not (args.run or args.system):
+    if not (args.run or args.system or args.suite):
         problems.append(
-            "nothing to score: give --run DIR, or --system NAME=DIR with --prompts FILE"
+            "nothing to score: give --run DIR, --suite FILE, or --system NAME=DIR with --prompts"
         )
     if bool(args.system) != bool(args.prompts):
         problems.append("--system and --prompts: neither goes without the other")

@@ -19,7 +19,7 @@ from tav_jax.runs.run import Run
 from tav_jax.runs.samples import Sample, default_sample, is_done
 from tav_jax.runs.tuning import Programs, Tuning, fit, is_validated, prepare
 from tav_jax.stopping import advise, start_job
-from tav_jax.training.checkpoints import remove_unfinished
+from tav_jax.training.checkpoints import remove_unfinished, save_checkpoint
 
 
 def tune(config: TuneConfig, programs: Programs | None = None) -> None:
@@ -56,12 +56,16 @@ def owes_samples(tuning: Tuning) -> bool:
     A run that was stopped between a checkpoint and its samples still owes them, and one with new
     prompts owes those.
     """
-    return tuning.start > 0 and is_validated(tuning.run.config, tuning.start)
+    is_tuned = tuning.start > 0 or tuning.end == 0
+    return is_tuned and is_validated(tuning.run.config, tuning.start)
 
 
 def finish(tuning: Tuning) -> None:
     """Run what is left of a run that is ready to step."""
     run, start, end = tuning.run, tuning.start, tuning.end
+    if end == 0 and run.latest_step() is None:
+        save_checkpoint(run.checkpoints, tuning.state, tuning.trained_names)
+        say(f"wrote {run.checkpoint(0)}, the untuned model")
     if owes_samples(tuning):
         validate(tuning, start)
     if start >= end:
@@ -79,6 +83,17 @@ def validation_samples(run: Run, step: int) -> list[Sample]:
     """Return the samples of the validation prompts."""
     default = default_sample(run.config, step)
     return [replace(default, prompt=prompt) for prompt in run.config.validation_data.prompts]
+
+
+def is_made(config: TuneConfig) -> bool:
+    """Tell whether a run has all its steps and the videos of its prompts.
+
+    Raises:
+        UserError: The folder holds a run with other settings, or something else.
+    """
+    run = Run.create(with_absolute_paths(config))
+    step = run.latest_step()
+    return step == config.max_train_steps and not any(missing_samples(run, step))
 
 
 def missing_samples(run: Run, step: int) -> list[bool]:

@@ -72,6 +72,7 @@ FULL = {
     "e2e/test_mesh.py",
     "e2e/test_pretrain.py",
     "e2e/test_readme.py",
+    "e2e/test_suite.py::test_several_processes_share_a_suite_and_a_killed_one_is_made_good",
     "e2e/test_tune.py::test_a_run_killed_twice_ends_as_one_that_was_not",
     "parity/test_golden.py",
     "unit/test_flash.py::test_a_tpu_v5e_has_room_for_the_kernels_and_never_holds_the_scores",

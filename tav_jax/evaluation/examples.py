@@ -87,7 +87,8 @@ def examples_of_run(name: str | None, folder: Path, step: int | None = None) -> 
         there = ", ".join(map(str, sorted(steps)))
         raise MissingFileError(f"--step: {folder} has no videos of step {step}; there are {there}")
     suffix = run.config.validation_data.video_format
-    videos = {path.with_suffix(f".{suffix}"): path for path in _records(steps[step or max(steps)])}
+    chosen = steps[max(steps) if step is None else step]
+    videos = {path.with_suffix(f".{suffix}"): path for path in _records(chosen)}
     return [
         Example(
             name or folder.resolve().name,

@@ -190,7 +190,8 @@ class TuneConfig:
         trainable_modules: The ends of the names of the modules to train.
         train_batch_size: Draws of noise and timestep in a batch. (In the original a number above 1
             has no effect, because its loader has one clip.)
-        max_train_steps: Number of updates. Each has `gradient_accumulation_steps` batches.
+        max_train_steps: Number of updates. Each has `gradient_accumulation_steps` batches. With 0
+            the untuned model is kept and sampled, to compare with.
         learning_rate: Peak learning rate of AdamW.
         scale_lr: Multiply the learning rate by the number of draws in an update.
         lr_scheduler: How the learning rate changes, by the names of diffusers.
@@ -224,7 +225,7 @@ class TuneConfig:
     validation_steps: Steps = 100
     trainable_modules: tuple[str, ...] = TRAINABLE_MODULES
     train_batch_size: BatchSize = 1
-    max_train_steps: Steps = 500
+    max_train_steps: StepsFromZero = 500
     learning_rate: Rate = 3e-5
     scale_lr: bool = False
     lr_scheduler: LRScheduler = "constant"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tav_jax.errors import UserError
+from tav_jax.errors import InUseError
 from tav_jax.files import own_temporaries
 from tav_jax.parallel.processes import broadcast_from_main, is_main_process
 from tav_jax.text import shorten
@@ -37,7 +37,7 @@ def lock_run(folder: Path) -> Iterator[None]:
     created, and removed again if the block leaves them empty.
 
     Raises:
-        UserError: Another process has the lock.
+        InUseError: Another process has the lock.
     """
     files = (folder / HOLDER).absolute(), (folder / LOCK).absolute()
     # Without locks we warn; a file in their place would outlive a killed process.
@@ -49,7 +49,7 @@ def lock_run(folder: Path) -> Iterator[None]:
         is_ours = _acquire(lock, folder)
     try:
         if not broadcast_from_main([is_ours])[0]:
-            raise UserError(
+            raise InUseError(
                 f"output_dir: {shorten(str(folder), 200)} is in use by another process"
                 f"{_holder(folder)}; wait until it has ended, or name another output_dir"
             )

@@ -151,7 +151,8 @@ def prepare(run: Run, programs: Programs) -> Tuning:
     state = shard(init_state(model.unet, optimizer, jax.random.key(config.seed)))
     tuning = Tuning(run, model, state, labels, learning_rate, stages)
     tuning.state = resume(tuning)
-    if tuning.start >= tuning.end and run.latest_step() is None:
+    from_another = config.resume_from_checkpoint and run.latest_step() is None
+    if tuning.start >= tuning.end and from_another:
         raise UserError(
             f"resume_from_checkpoint: {config.resume_from_checkpoint} has step {tuning.start} "
             f"already; max_train_steps is {tuning.end}, set it higher"

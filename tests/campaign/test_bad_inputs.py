@@ -177,7 +177,7 @@ WRONG_VALUES = {
     "validation_steps": [*NO_INTEGER, 0],
     "trainable_modules": NO_TEXTS,
     "train_batch_size": [*NO_INTEGER, 0, 10**6],
-    "max_train_steps": [*NO_INTEGER, 0],
+    "max_train_steps": [*NO_INTEGER, -1],
     "learning_rate": [*NO_NUMBER, 0, 1e30],
     "scale_lr": NO_TRUTH,
     "lr_scheduler": NO_CHOICE,

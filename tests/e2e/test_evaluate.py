@@ -140,7 +140,7 @@ def test_bad_input_is_one_line(system, cli, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to score: give --run DIR, or --system NAME=DIR with --prompts FILE"),
+        ([], "nothing to score: give --run DIR, --suite FILE, or --system NAME=DIR with "),
         (["--run=none"], "--run: none is not a run of tav_jax.tune: no config.yaml"),
         (["--system=a=.", "--system=a=."], "--system: a is there twice"),
         (["--system=.", "--prompts=x.csv"], "--system: .: expected NAME=DIR"),

@@ -304,7 +304,7 @@ def test_a_file_of_another_form_is_refused_in_one_line(content, expected, messag
 def test_every_offender_is_listed_at_once(message):
     said = message(
         sed=1,
-        max_train_steps=0,
+        max_train_steps=-1,
         learning_rate="fast",
         lr_scheduler="sawtooth",
         attention_scope="everywhere",

@@ -19,7 +19,8 @@ FLOORS = (
     {"console"},
     {"runs"},
     {"evaluation"},
-    {"worlds", "bench", "tune", "sample", "batch", "check", "evaluate"},
+    {"worlds", "bench", "tune", "sample", "batch", "check"},
+    {"evaluate"},
     {"scenes"},  # the former names of the commands in worlds
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
