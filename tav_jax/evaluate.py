@@ -2,13 +2,12 @@
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tav_jax.console import Parser, command, say
-from tav_jax.errors import InUseError, UserError
+from tav_jax.errors import UserError
 from tav_jax.files import atomic_write, first_unwritable_parent
 from tav_jax.stopping import advise, start_job
 
@@ -27,9 +26,6 @@ examples:
     python -m tav_jax.evaluate --run a=outputs/a --run b=outputs/b --study study.html
     python -m tav_jax.evaluate --answers answers-*.csv
 """
-
-
-SECONDS_TO_WAIT = 5  # between two looks at runs that other processes make
 
 
 def _named(text: str) -> tuple[str | None, str]:
@@ -52,6 +48,7 @@ def _parser() -> Parser:
     add("--suite", type=Path, metavar="FILE", help="a YAML of systems that are run and scored")
     add("--output-dir", type=Path, metavar="DIR", help="the suite's runs (outputs/suites/NAME)")
     add("--prompts", type=Path, metavar="FILE", help="the table of the systems' videos")
+    add("--benchmark", metavar="NAME=DIR", help="loveu or v2vbench, in place of a table")
     add("--metrics", metavar="NAMES", help="names or their beginnings, with commas (all)")
     add("--clip-l14", metavar="DIR", help="folder or Hub id in place of CLIP's ViT-L/14")
     add("--clip-b32", metavar="DIR", help="folder or Hub id in place of CLIP's ViT-B/32")
@@ -96,23 +93,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         name, folder = _named(text)
         examples += examples_of_run(name, Path(folder), args.step)
     if systems:
-        examples += examples_of_systems(systems, args.prompts)
+        examples += (
+            _examples_of_benchmark(args.benchmark, systems)
+            if args.benchmark
+            else examples_of_systems(systems, args.prompts)
+        )
     if args.study:
         _write_study(args, examples)
     else:
         _score(args, examples)
 
 
-def _examples_of_suite(args: argparse.Namespace) -> "list[Example]":
-    """Make the runs of a suite that are missing, and return their videos.
+def _examples_of_benchmark(text: str, systems: dict[str, Path]) -> "list[Example]":
+    """Return what systems have made of a benchmark's clips."""
+    from tav_jax.evaluation.benchmarks import BENCHMARKS, examples_of_benchmark
 
-    Several processes, also on several machines that share the folder, may run the same command:
-    each takes the runs that no other one is at.
-    """
-    from tav_jax.evaluation.examples import examples_of_run
+    name, folder = _named(text)
+    if name not in BENCHMARKS:
+        raise UserError(f"--benchmark: {text}: expected NAME=DIR, NAME of {', '.join(BENCHMARKS)}")
+    return examples_of_benchmark(systems, BENCHMARKS[name](Path(folder)))
+
+
+def _examples_of_suite(args: argparse.Namespace) -> "list[Example]":
+    """Make what is missing of a suite, and return its videos."""
     from tav_jax.evaluation.metrics import select_metrics
-    from tav_jax.evaluation.suites import read_suite
-    from tav_jax.runs.tuning import Programs
+    from tav_jax.evaluation.suites import examples_of_runs, make_runs, read_suite
     from tav_jax.tune import is_made, tune
 
     suite, runs = read_suite(
@@ -121,26 +126,8 @@ def _examples_of_suite(args: argparse.Namespace) -> "list[Example]":
     if args.metrics is None and suite.metrics:
         args.metrics = ",".join(suite.metrics)
         select_metrics(suite.metrics)  # refuses before hours of work
-    left = [run for run in runs if not is_made(run.config)]
-    say(f"{args.suite}: {len(runs)} runs, {len(runs) - len(left)} of them there already")
-    programs: Programs = {}
-    while left:
-        in_use = []
-        for number, run in enumerate(left, 1):
-            say(f"run {number} of {len(left)}: {run.folder}")
-            try:
-                tune(run.config, programs)
-            except InUseError:
-                in_use.append(run)
-        if len(in_use) == len(left):
-            say(f"{len(left)} runs are being made by other processes: waiting")
-            time.sleep(SECONDS_TO_WAIT)
-        left = [run for run in in_use if not is_made(run.config)]
-    return [
-        example
-        for run in runs
-        for example in examples_of_run(run.system, run.folder, run.config.max_train_steps)
-    ]
+    make_runs(runs, is_made, tune)
+    return examples_of_runs(runs)
 
 
 def _score(args: argparse.Namespace, examples: "Sequence[Example]") -> None:
@@ -225,8 +212,8 @@ def _systems(args: argparse.Namespace) -> dict[str, Path]:
         problems.append(
             "nothing to score: give --run DIR, --suite FILE, or --system NAME=DIR with --prompts"
         )
-    if bool(args.system) != bool(args.prompts):
-        problems.append("--system and --prompts: neither goes without the other")
+    if bool(args.system) != (bool(args.prompts) + bool(args.benchmark)):
+        problems.append("--system: it goes with either --prompts or --benchmark, and they with it")
     if problems:
         raise UserError("\n".join(problems))
     return {name: Path(path) for name, path in named if name}

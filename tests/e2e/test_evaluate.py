@@ -144,7 +144,8 @@ def test_bad_input_is_one_line(system, cli, tmp_path, change, message):
         (["--run=none"], "--run: none is not a run of tav_jax.tune: no config.yaml"),
         (["--system=a=.", "--system=a=."], "--system: a is there twice"),
         (["--system=.", "--prompts=x.csv"], "--system: .: expected NAME=DIR"),
-        (["--system=a=."], "--system and --prompts: neither goes without the other"),
+        (["--system=a=."], "--system: it goes with either --prompts or --benchmark, and they with"),
+        (["--system=a=.", "--benchmark=x=."], "--benchmark: x=.: expected NAME=DIR, NAME of lov"),
     ],
 )
 def test_wrong_arguments_are_refused(cli, arguments, message):
