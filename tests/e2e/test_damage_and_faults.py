@@ -182,5 +182,7 @@ def test_a_run_whose_folder_is_removed_ends_with_status_1(harm, start, write_con
     assert "Traceback" not in err
     if harm == replace_by_file:
         assert run.read_text() == "a file"
+    elif harm == replace_by_empty:
+        assert list(run.iterdir()) == []
     else:
         assert not run.exists()

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,15 @@ def test_a_lock_leaves_the_folders_that_were_there_and_no_other(tmp_path):
     with pytest.raises(KeyError), lock_run(tmp_path / "runs/a/b"):
         raise KeyError
     assert list(tmp_path.rglob("*")) == [tmp_path / "runs"]
+
+
+@pytest.mark.parametrize("replaced", ["a/b", "a"])
+@pytest.mark.parametrize("remove", [shutil.rmtree, lambda path: path.rename(f"{path} moved")])
+def test_an_empty_folder_in_the_place_of_the_locked_one_stays(remove, replaced, tmp_path):
+    with lock_run(tmp_path / "a/b"):
+        remove(tmp_path / replaced)
+        (tmp_path / replaced).mkdir()
+    assert list((tmp_path / replaced).iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
