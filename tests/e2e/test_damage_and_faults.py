@@ -134,7 +134,12 @@ def test_a_limit_on_files_is_one_line_and_leaves_no_half_checkpoint(write_config
         f"sys.exit(tune.main(['--config', {str(config)!r}]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr

@@ -45,7 +45,7 @@ def hold():
     yield start
     for process in processes:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=600)
 
 
 def test_a_run_that_another_process_tunes_is_refused_with_its_host_and_number(hold, tmp_path):
@@ -55,7 +55,7 @@ def test_a_run_that_another_process_tunes_is_refused_with_its_host_and_number(ho
     [line] = str(refused.value).splitlines()
     assert f"{tmp_path / 'run'} is in use by another process" in line
     assert f"process {other.pid})" in line
-    other.communicate()
+    other.communicate(timeout=600)
     assert not (tmp_path / "run").exists(), "nothing was written to it"
     with lock_run(tmp_path / "run"):
         pass
@@ -64,7 +64,7 @@ def test_a_run_that_another_process_tunes_is_refused_with_its_host_and_number(ho
 def test_a_lock_ends_with_its_process_and_leaves_no_run_that_is_in_the_way(hold, tmp_path):
     other = hold(tmp_path / "run")
     other.send_signal(signal.SIGKILL)
-    other.wait()
+    other.wait(timeout=600)
     with lock_run(tmp_path / "run"):
         (tmp_path / "run/config.yaml").write_text("")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
