@@ -128,7 +128,8 @@ def quick_compilation_flags() -> str:
         )
         for flag in flags
     ]
-    return " ".join(flag for flag, known in zip(flags, tries, strict=True) if known.wait() == 0)
+    statuses = [known.wait(timeout=600) for known in tries]
+    return " ".join(flag for flag, status in zip(flags, statuses, strict=True) if status == 0)
 
 
 # Compiling is most of the tests' time. LLVM's costly passes are left out, and fusions are written

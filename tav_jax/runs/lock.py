@@ -34,7 +34,8 @@ def lock_run(folder: Path) -> Iterator[None]:
     """Keep other jobs from tuning the run in a folder during the block.
 
     The lock is the operating system's, and ends with its process, however that ends. Folders are
-    created, and removed again if the block leaves them empty.
+    created, and removed again if the block leaves them empty. A folder that has been put in the
+    place of the locked one stays.
 
     Raises:
         InUseError: Another process has the lock.
@@ -60,15 +61,18 @@ def lock_run(folder: Path) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:
+            # A folder without the lock's file is another, which the user has put there. An inode
+            # number would not tell: it may be that of the removed folder.
+            is_same = os.path.exists(files[1])
             # While the lock is held, or another process's would be removed.
             for file in files:
                 with suppress(OSError):
                     file.unlink()
             own_temporaries.difference_update(files)
             lock.release()
-        for path in created:
-            with suppress(OSError):  # not empty
-                path.rmdir()
+            for path in created if is_same else ():
+                with suppress(OSError):  # not empty
+                    path.rmdir()
 
 
 def _create(folder: Path) -> list[Path]:

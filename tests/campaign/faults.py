@@ -135,7 +135,9 @@ class Campaign:
         """Starts a run and does some harm when it has logged so many steps."""
         process = self.start(run)
         metrics = run / "metrics.jsonl"
+        deadline = time.monotonic() + 900
         while process.poll() is None:
+            assert time.monotonic() < deadline
             if metrics.is_file() and metrics.read_text().count('"loss"') >= after:
                 break
             time.sleep(0.002)

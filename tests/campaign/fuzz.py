@@ -515,7 +515,7 @@ def fuzz(
                     if result not in ("read", "refused"):
                         keep(Path(folder), name, kept / f"{target}-{seed}-{counts.total()}")
                     name = ""
-            process.wait()
+            process.wait(timeout=600)
             process.stdout.close()
             if name or (process.returncode and not result):
                 counts[result or f"{name}: ended with status {process.returncode}"] += 1

@@ -68,7 +68,7 @@ class Bench:
                 process = self.start(kind, "whole")
                 self.wait_for_output(process)
                 began = time.monotonic()
-                if process.wait():
+                if process.wait(timeout=900):
                     raise RuntimeError(self.log.read_text())
                 self.seconds[kind] = time.monotonic() - began
         self.trained = self.trained_parameters("whole")
@@ -95,7 +95,9 @@ class Bench:
 
     def wait_for_output(self, process: subprocess.Popen) -> None:
         """Wait until a process has printed something, or ended."""
+        deadline = time.monotonic() + 900
         while process.poll() is None and not self.log.stat().st_size:
+            assert time.monotonic() < deadline
             time.sleep(0.005)
 
     def stop(self, kind: str, name: str, number: signal.Signals) -> None:
@@ -106,7 +108,7 @@ class Bench:
             self.wait_for_output(process)
         time.sleep(self.random.uniform(0, self.seconds[kind]))
         process.send_signal(number)
-        status, said = process.wait(), self.log.read_text()
+        status, said = process.wait(timeout=900), self.log.read_text()
         if status == 0:
             self.count["ended before the signal"] += 1
             self.seconds[kind] *= 0.9  # the machine has become faster
@@ -123,7 +125,7 @@ class Bench:
 
     def finish(self, kind: str, name: str) -> None:
         """Run a command to its end and compare what it has made."""
-        status = self.start(kind, name).wait()
+        status = self.start(kind, name).wait(timeout=900)
         output = self.output(kind, name)
         if status:
             self.faults.append(f"{kind} {name}: status {status}: {self.log.read_text()}")

@@ -243,7 +243,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     yield run
     for process in processes:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=600)
 
 
 @dataclass(frozen=True)

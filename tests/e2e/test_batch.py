@@ -213,7 +213,8 @@ def test_a_plan_that_is_not_there_is_named(batch_sample, cli, tmp_path):
 
 
 def test_the_script_runs_as_a_script_and_its_help_shows_an_example(start):
-    out, err = (process := start(LAUNCH / "batch_sample.py", "--help")).communicate()
+    process = start(LAUNCH / "batch_sample.py", "--help")
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, err) == (0, "")
     assert "examples:\n    python -m tav_jax.batch plan.yaml" in out
 
@@ -326,7 +327,7 @@ def ended(process):
     """What a process that `said` has read from says until its end, and its errors."""
     # Popen.communicate would pass over what has been read ahead.
     out, err = process.stdout.read(), process.stderr.read()
-    process.wait()
+    process.wait(timeout=600)
     return out, err
 
 

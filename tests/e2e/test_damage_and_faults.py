@@ -134,7 +134,12 @@ def test_a_limit_on_files_is_one_line_and_leaves_no_half_checkpoint(write_config
         f"sys.exit(tune.main(['--config', {str(config)!r}]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
@@ -182,5 +187,7 @@ def test_a_run_whose_folder_is_removed_ends_with_status_1(harm, start, write_con
     assert "Traceback" not in err
     if harm == replace_by_file:
         assert run.read_text() == "a file"
+    elif harm == replace_by_empty:
+        assert list(run.iterdir()) == []
     else:
         assert not run.exists()

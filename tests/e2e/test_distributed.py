@@ -112,7 +112,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield run
     for process in started:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=600)
 
 
 def said(process: subprocess.Popen) -> dict:

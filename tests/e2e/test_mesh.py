@@ -178,7 +178,7 @@ def wait_for(condition, processes):
     deadline = time.monotonic() + 600
     while not condition():
         for process in processes:
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None, process.communicate(timeout=600)
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

@@ -20,6 +20,7 @@ def test_the_programs_of_the_readme_run_as_printed(tmp_path):
         env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"},
         capture_output=True,
         text=True,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -85,7 +85,7 @@ def test_a_killed_run_does_not_go_on_on_a_clip_that_was_put_in_the_place_of_its_
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=600)
     replace_clip(clip)
     before = contents(tmp_path / "run")
     error = error_of(cli(tune, "--config", config))
@@ -202,7 +202,7 @@ def test_videos_of_other_settings_are_kept_and_the_way_on_is_said(run_copy, fini
 def test_of_two_commands_at_once_one_is_refused_in_a_line(start, write_config, tmp_path):
     config = write_config(**SHORT)
     both = [start("-m", "tav_jax.tune", "--config", config) for _ in range(2)]
-    said = [process.communicate() for process in both]
+    said = [process.communicate(timeout=600) for process in both]
     for process, (_, err) in zip(both, said, strict=True):
         if process.returncode:
             assert process.returncode == 1

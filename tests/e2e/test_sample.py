@@ -515,7 +515,7 @@ def test_seeds_that_are_none_are_quoted(seeds, finished_run, capsys):
 
 def test_a_wrong_input_ends_a_process_with_status_1_and_no_traceback(start):
     process = start("-m", "tav_jax.sample", "--run", "missing", "--prompt", "a cat")
-    out, err = process.communicate()
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 1
     assert err == "error: --run: missing is not a run of tav_jax.tune: no config.yaml\n"
     assert out == ""

@@ -27,7 +27,7 @@ def hangups_arrive():
 def wait_for(condition, process):
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.communicate(timeout=PATIENCE)
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -154,7 +154,7 @@ def test_a_video_is_made_although_its_writer_was_killed(start, cli, finished_run
     process = start("-m", "tav_jax.sample", *command)
     wait_for(lambda: list(folder.glob(".partial-*")), process)
     process.kill()
-    process.wait()
+    process.wait(timeout=PATIENCE)
     assert cli(sample, *command).status == 0
     assert not hidden(folder)
     assert len(list(folder.glob("a-*.mp4"))) == 30

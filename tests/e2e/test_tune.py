@@ -234,7 +234,7 @@ def wait_for(condition, process, *, seconds=600):
     """Waits until a condition holds of a process at work."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, f"it ended too early: {process.communicate()}"
+        assert process.poll() is None, f"it ended too early: {process.communicate(timeout=600)}"
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -256,7 +256,7 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(
     process = start(*command, environment=same_rounding)
     wait_for(lambda: lines_of(metrics) >= 4, process)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"3"}
 
@@ -265,7 +265,7 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(
     folder = run / "samples/sample-6"
     wait_for(lambda: (folder / f"{PROMPTS[0]}.mp4").exists(), process)
     process.send_signal(signal.SIGKILL)
-    out, err = process.communicate()
+    out, err = process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL, err
     assert f"going on from {run / 'checkpoints/3'}" in out
     assert not (folder / f"{PROMPTS[-1]}.mp4").exists()
@@ -347,7 +347,7 @@ def test_an_interrupted_run_says_so(start, write_config, tmp_path):
     process = start("-m", "tav_jax.tune", "--config", config)
     wait_for(lambda: lines_of(tmp_path / "run/metrics.jsonl") > 4, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 130
     newest = max(int(path.name) for path in (tmp_path / "run/checkpoints").iterdir())
     saved = tmp_path / f"run/checkpoints/{newest}"
@@ -715,7 +715,8 @@ def test_a_prompt_that_is_too_long_is_quoted_where_it_is_cut(write_config, cli):
 
 def test_a_wrong_input_ends_a_process_with_status_1_and_no_traceback(start, write_config, tmp_path):
     config = write_config(train_data={"video_path": "no-clip.mp4"})
-    out, err = (process := start("-m", "tav_jax.tune", "--config", config)).communicate()
+    process = start("-m", "tav_jax.tune", "--config", config)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 1
     assert err.startswith("error: ")
     assert "no-clip.mp4: no such video file" in err

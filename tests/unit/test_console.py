@@ -124,6 +124,42 @@ def test_work_goes_on_when_nobody_reads_what_it_prints(redirection, arguments, s
         assert text not in done.stdout + done.stderr
 
 
+PRINTS = """
+import sys
+from tav_jax.console import command
+from tav_jax.errors import UserError
+
+def main(argv):
+    print("一 ü я")
+    raise UserError("一 ü я")
+
+sys.exit(command(main)([]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [
+        ("ascii", r"\u4e00 \xfc \u044f"),
+        ("latin-1", r"\u4e00 ü \u044f"),
+        ("koi8-r", r"\u4e00 \xfc я"),
+        ("gbk", r"一 ü я"),
+        ("utf-8", "一 ü я"),
+    ],
+)
+def test_characters_that_a_terminal_lacks_are_printed_as_escapes(encoding, expected):
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTS],
+        env=os.environ
+        | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        timeout=600,
+    )
+    assert done.stdout.decode(encoding) == f"{expected}\n"
+    assert done.stderr.decode(encoding) == f"error: {expected}\n"
+    assert done.returncode == 1
+
+
 def test_the_standard_streams_are_put_back():
     before = sys.stdout, sys.stderr
     assert run(lambda: print("something")) == 0

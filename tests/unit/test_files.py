@@ -40,7 +40,7 @@ def holder(tmp_path):
     assert process.stdout.readline() == "True\n"
     yield process
     process.kill()
-    process.communicate()
+    process.communicate(timeout=600)
 
 
 def names(folder):
@@ -121,7 +121,7 @@ def test_what_a_dead_process_was_writing_is_removed_and_nothing_else(holder, tmp
         remove_partials(tmp_path)
         assert names(tmp_path) == others | {".a file.lock", partial_of_holder, mine.name}
         holder.kill()
-        holder.wait()
+        holder.wait(timeout=600)
         remove_partials(tmp_path)
         assert names(tmp_path) == others | {".a file.lock", mine.name}
     assert (tmp_path / "a.b.mp4").read_text() == "half"
@@ -131,7 +131,7 @@ def test_what_a_dead_process_was_writing_is_removed_and_nothing_else(holder, tmp
 def test_without_locks_nothing_is_removed(holder, tmp_path, monkeypatch):
     before = names(tmp_path)
     holder.kill()
-    holder.wait()
+    holder.wait(timeout=600)
 
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")

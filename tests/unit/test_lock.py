@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def hold():
     yield start
     for process in processes:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=600)
 
 
 def test_a_run_that_another_process_tunes_is_refused_with_its_host_and_number(hold, tmp_path):
@@ -54,7 +55,7 @@ def test_a_run_that_another_process_tunes_is_refused_with_its_host_and_number(ho
     [line] = str(refused.value).splitlines()
     assert f"{tmp_path / 'run'} is in use by another process" in line
     assert f"process {other.pid})" in line
-    other.communicate()
+    other.communicate(timeout=600)
     assert not (tmp_path / "run").exists(), "nothing was written to it"
     with lock_run(tmp_path / "run"):
         pass
@@ -63,7 +64,7 @@ def test_a_run_that_another_process_tunes_is_refused_with_its_host_and_number(ho
 def test_a_lock_ends_with_its_process_and_leaves_no_run_that_is_in_the_way(hold, tmp_path):
     other = hold(tmp_path / "run")
     other.send_signal(signal.SIGKILL)
-    other.wait()
+    other.wait(timeout=600)
     with lock_run(tmp_path / "run"):
         (tmp_path / "run/config.yaml").write_text("")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
@@ -74,6 +75,15 @@ def test_a_lock_leaves_the_folders_that_were_there_and_no_other(tmp_path):
     with pytest.raises(KeyError), lock_run(tmp_path / "runs/a/b"):
         raise KeyError
     assert list(tmp_path.rglob("*")) == [tmp_path / "runs"]
+
+
+@pytest.mark.parametrize("replaced", ["a/b", "a"])
+@pytest.mark.parametrize("remove", [shutil.rmtree, lambda path: path.rename(f"{path} moved")])
+def test_an_empty_folder_in_the_place_of_the_locked_one_stays(remove, replaced, tmp_path):
+    with lock_run(tmp_path / "a/b"):
+        remove(tmp_path / replaced)
+        (tmp_path / replaced).mkdir()
+    assert list((tmp_path / replaced).iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -484,6 +484,7 @@ def find_elsewhere(requests, **environment):
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=600,
         check=True,
     )
     return json.loads(result.stdout)

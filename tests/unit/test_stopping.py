@@ -147,7 +147,7 @@ def start(tmp_path):
     yield run
     for process in started:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=600)
 
 
 def ended(process):

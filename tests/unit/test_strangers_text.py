@@ -103,6 +103,7 @@ def test_files_are_utf_8_whatever_the_locale(program, tmp_path):
         | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
+        timeout=600,
         check=True,
     )
     assert done.stdout == f"{text!a}\n"
