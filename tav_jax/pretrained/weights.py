@@ -29,6 +29,7 @@ from tav_jax.errors import MissingFileError, UserError
 from tav_jax.files import atomic_write
 from tav_jax.models.layers import fan_in_uniform
 from tav_jax.models.network import in_modules
+from tav_jax.pretrained.pickled import plain_tensors
 from tav_jax.reading import parse_json, read_json, require_file
 from tav_jax.text import brief, shorten
 from tav_jax.types import Params, PRNGKey
@@ -303,11 +304,11 @@ def read_tensors(
 
     Raises:
         MissingFileError: There are no weights, or some shards are missing.
-        UserError: A file is damaged, or it is pickled and PyTorch is not installed.
+        UserError: A file is damaged, or a pickled one asks for anything but tensors.
     """
     for path in find_files(folder, stem, variant):
         if path.suffix == ".bin":
-            yield from _read_pickled(path)
+            yield from plain_tensors(path, IGNORED)
             continue
         read_header(path)
         try:
@@ -432,36 +433,6 @@ def _shards(index: Path) -> list[Path]:
             f"{index} names shards that are missing: {', '.join(missing)}; download them"
         )
     return paths
-
-
-def _read_pickled(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            f"{path}: a pickled checkpoint, which only PyTorch opens; "
-            "`pip install 'tav_jax[interop]'`, or put the model's .safetensors beside it"
-        ) from None
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a file of plain tensors ({reason})") from None
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise UserError(f"{path}: not a file of plain tensors; is it a whole training's state?")
-    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    for name, tensor in tensors.items():
-        wrong = tensor.dtype if tensor.dtype not in known else None
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            wrong = f"{tensor.layout} on {tensor.device}"
-        if wrong and name not in IGNORED:
-            raise UserError(
-                f"{path}: {brief(name)} is {str(wrong).replace('torch.', '')}; weights are plain "
-                "tensors of float16, bfloat16, float32 or float64"
-            )
-        # PyTorch cannot convert bfloat16 to NumPy. Every bfloat16 number is a float32 number.
-        plain = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-        yield str(name), plain.detach().numpy()  # some files hold trained parameters
 
 
 def save_tensors(path: Path, params: Mapping[str, Array]) -> None:
