@@ -11,6 +11,7 @@ from tav_jax.console import Parser, command
 from tav_jax.diffusion.samplers import SamplerName
 from tav_jax.errors import UserError
 from tav_jax.reading import read_text
+from tav_jax.runs.adapters import find_adapter, unpack_adapter
 from tav_jax.runs.config import parse_mesh
 from tav_jax.runs.render import sample_run
 from tav_jax.runs.samples import Sample, check_number_of_videos, plan_samples
@@ -54,8 +55,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog='example: python -m tav_jax.sample --run outputs/man-skiing --prompt "spider man '
         'is skiing on the beach, cartoon style" --prompt "wonder woman is skiing"',
     )
+    parser.add_argument("--run", metavar="RUN_DIR", help="output_dir of tav_jax.tune")
     parser.add_argument(
-        "--run", required=True, metavar="RUN_DIR", help="output_dir of tav_jax.tune"
+        "--adapter",
+        metavar="FILE",
+        help="an adapter's file or Hub id, from which --run is made (outputs/NAME)",
     )
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
     parser.add_argument("--prompts", metavar="FILE", help="a text file, one prompt a line")
@@ -109,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     _check(args, given)
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
+    if args.run is None and args.adapter is None:
+        raise UserError("nothing to sample from: give --run RUN_DIR or --adapter FILE")
     if not prompts:
         raise UserError("no prompts: give --prompt TEXT or --prompts FILE")
     # A terminal of another encoding may give what is not text.
@@ -117,6 +123,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if wrong := [problem for one in prompts if (problem := wrong_option("--prompt", Text, one))]:
         raise UserError("\n".join(wrong[:5]))
     check_number_of_videos(len(prompts) * len(args.seeds or [0]), "--prompts, --seeds")
+
+    if args.adapter is not None:
+        adapter = find_adapter(args.adapter)
+        args.run = args.run or str(Path("outputs") / adapter.stem)
+        unpack_adapter(adapter, Path(args.run))
 
     def make_samples(default: Sample) -> list[Sample]:
         changes = given | ({"num_inv_steps": None} if args.random_noise else {})

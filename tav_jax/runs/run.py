@@ -51,7 +51,7 @@ from tav_jax.training.checkpoints import (
     saved_steps,
 )
 from tav_jax.training.optimizer import label_params, select
-from tav_jax.types import Latents, Moments
+from tav_jax.types import Latents, Moments, Params
 from tav_jax.video.read import Clip, read_clip
 
 # Of frames spread over a long clip, whose own rate would be minutes to a frame.
@@ -299,9 +299,15 @@ class Run:
         except MissingFileError as error:
             raise MissingFileError(f"{error}; if the model has moved, give --model DIR") from None
         params = model.unet.params
+        return model.with_unet(model.unet.with_params(params | self._trained(step, params)))
+
+    def trained_parameters(self, step: int) -> Params:
+        """Return what a checkpoint has of its own. The base model is loaded, too, and compared."""
+        return self._trained(step, self.load_base().unet.params)
+
+    def _trained(self, step: int, params: Params) -> Params:
         labels = label_params(params, self.config.trainable_modules)
-        trained = restore_trained(self.checkpoint(step), select(params, labels, "train"))
-        return model.with_unet(model.unet.with_params(params | trained))
+        return restore_trained(self.checkpoint(step), select(params, labels, "train"))
 
     def clip(self) -> UInt8[np.ndarray, "f H W 3"]:
         """Return the frames that the run tunes on. Errors are those of `read_clip`."""

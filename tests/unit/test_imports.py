@@ -19,7 +19,7 @@ FLOORS = (
     {"console"},
     {"runs"},
     {"evaluation"},
-    {"worlds", "bench", "tune", "sample", "batch", "check"},
+    {"worlds", "bench", "tune", "sample", "batch", "check", "convert"},
     {"evaluate"},
     {"scenes"},  # the former names of the commands in worlds
 )
