@@ -29,8 +29,9 @@ examples:
 
 
 def _named(text: str) -> tuple[str | None, str]:
-    name, equals, path = text.rpartition("=")
-    return (name or None) if equals else None, path
+    """Return name and path of NAME=PATH. A path that is there may have the sign in its own name."""
+    name, equals, path = text.partition("=")
+    return (name or None, path) if equals and not Path(text).exists() else (None, text)
 
 
 def _parser() -> Parser:

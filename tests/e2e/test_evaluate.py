@@ -57,6 +57,13 @@ def test_runs_are_systems_side_by_side(finished_run, run_copy, cli, tmp_path):
     assert rows[0]["flicker.vbench"] == rows[3]["flicker.vbench"]
 
 
+def test_a_runs_folder_may_have_an_equals_sign_in_its_name(run_copy, cli, tmp_path):
+    run_copy.rename(tmp_path / "lr=3e-5")
+    options = (LIGHT, f"--scores={tmp_path / 'kept'}")
+    assert "lr=3e-5, 3 videos" in cli(evaluate, f"--run={tmp_path / 'lr=3e-5'}", *options).out
+    assert "a, 3 videos" in cli(evaluate, f"--run=a={tmp_path / 'lr=3e-5'}", *options).out
+
+
 def test_another_step_of_a_run(finished_run, cli, tmp_path):
     kept = f"--scores={tmp_path}"
     run = f"--run={finished_run.folder}"
