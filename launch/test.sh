@@ -12,7 +12,8 @@ cd "$(dirname "$0")/.."
 case "${1-}" in
     "") selection=(-m "not full") ;;
     --quick) selection=(-m quick) ;;
-    --all) selection=(--ignore tests/parity/test_reference_cases.py) ;;
+    # CI's log then says what takes its time.
+    --all) selection=(--ignore tests/parity/test_reference_cases.py --durations 30) ;;
     *)
         echo "usage: bash launch/test.sh [--quick | --all]" >&2
         exit 2
