@@ -24,6 +24,14 @@ FEW = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_images():
+    """Lets few images judge an autoencoder: as tests compile, 512 take minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "NUM_RECONSTRUCTED", 16)
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrain") / "out"
