@@ -116,10 +116,7 @@ def test_keys_answer_and_progress_is_kept(browser, study, tmp_path):
     for key in ("1", "2", "Enter", "2", "2", "Enter", "Backspace"):
         page.keyboard.press(key)
     assert page.locator("#count").inner_text() == "Pair 2 of 10"
-    page.close()
-
-    page = context.new_page()
-    page.goto(study.as_uri())
+    page.reload()
     assert page.locator("#count").inner_text() == "Pair 2 of 10", "where it was left"
     page.keyboard.press("Backspace")
     assert prompt_of(page) == first

@@ -50,7 +50,7 @@ def test_clips_are_tuned_one_after_another_and_only_the_first_compiles(
     [
         pytest.param([{}, {}], ["2 clips have the output_dir"], id="one folder twice"),
         pytest.param(
-            [{"train_data": {"promt": "a"}}, {"max_train_steps": 0, "output_dir": "b"}],
+            [{"train_data": {"promt": "a"}}, {"max_train_steps": -1, "output_dir": "b"}],
             ["clip 1", "promt: unknown key", "clip 2", "max_train_steps"],
             id="two wrong clips",
         ),
