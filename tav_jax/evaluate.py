@@ -152,7 +152,8 @@ def _score(args: argparse.Namespace, examples: "Sequence[Example]") -> None:
         networks={name: path for name, path in networks.items() if path is not None},
         download=args.download,
     )
-    published = published_rows({metric.name for metric in metrics})
+    # Beside what nothing was measured by, a published figure would say nothing.
+    published = published_rows({name for result in results for name in result.scores})
     evaluation = tables.Evaluation(metrics, results, published)
     say(tables.text_table(evaluation))
     outputs: tuple[tuple[Path | None, Callable[[tables.Evaluation], str]], ...] = (
