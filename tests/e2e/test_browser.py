@@ -19,15 +19,31 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 # Without these it asks its maker's servers at every start.
 SILENT = ["disable-background-networking", "disable-component-update", "disable-sync"]
 OPTIONS = [f"--{name}" for name in ("no-sandbox", "disable-gpu", "disable-quic", *SILENT)]
+PATIENCE = 600_000  # milliseconds
 PROMPTS = [f"prompt {number}" for number in range(9)] + ["<script>document.title='ran'</script>"]
 
 
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=OPTIONS, timeout=PATIENCE)
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def new_context(browser):
+    """Opens a browser's window of its own, which waits long enough for any machine."""
+    contexts = []
+
+    def new(**options):
+        contexts.append(browser.new_context(**options))
+        contexts[-1].set_default_timeout(PATIENCE)
+        return contexts[-1]
+
+    yield new
+    for context in contexts:
+        context.close()
 
 
 @pytest.fixture
@@ -66,8 +82,8 @@ def save(page, folder):
     return file
 
 
-def test_ten_pairs_are_answered_by_clicks_and_give_the_table(browser, study, tmp_path, capsys):
-    page = browser.new_page()
+def test_ten_pairs_are_answered_by_clicks_and_give_the_table(new_context, study, tmp_path, capsys):
+    page = new_context().new_page()
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(study.as_uri())
@@ -90,7 +106,6 @@ def test_ten_pairs_are_answered_by_clicks_and_give_the_table(browser, study, tmp
     assert page.title() == "Which video is better?", "a prompt stays text"
     answers = save(page, tmp_path)
     assert not [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
-    page.close()
 
     with answers.open() as file:
         rows = list(csv.DictReader(file))
@@ -108,9 +123,8 @@ def test_ten_pairs_are_answered_by_clicks_and_give_the_table(browser, study, tmp
         assert f"| {question} | {first} | {second} | {share} |" in table
 
 
-def test_keys_answer_and_progress_is_kept(browser, study, tmp_path):
-    context = browser.new_context()
-    page = context.new_page()
+def test_keys_answer_and_progress_is_kept(new_context, study, tmp_path):
+    page = new_context().new_page()
     page.goto(study.as_uri())
     first = prompt_of(page)
     for key in ("1", "2", "Enter", "2", "2", "Enter", "Backspace"):
@@ -136,12 +150,10 @@ def test_keys_answer_and_progress_is_kept(browser, study, tmp_path):
     expected = ["left", "right", "right", "right"] + ["left"] * 16
     assert [row["answer"] for row in rows] == expected
     assert len({row["rater"] for row in rows}) == 1
-    context.close()
 
 
-def test_touch_works_on_a_small_screen(browser, study, tmp_path):
-    context = browser.new_context(viewport={"width": 360, "height": 640}, has_touch=True)
-    page = context.new_page()
+def test_touch_works_on_a_small_screen(new_context, study, tmp_path):
+    page = new_context(viewport={"width": 360, "height": 640}, has_touch=True).new_page()
     page.goto(study.as_uri())
     for question in ("quality", "faithfulness"):
         page.locator(f"button[data-question={question}][data-side=right]").tap()
@@ -149,4 +161,3 @@ def test_touch_works_on_a_small_screen(browser, study, tmp_path):
     assert page.locator("#count").inner_text() == "Pair 2 of 10"
     assert page.evaluate("document.documentElement.scrollWidth") <= 360, "nothing is cut off"
     page.screenshot(path=tmp_path / "small.png")
-    context.close()
