@@ -14,11 +14,9 @@ from tav_jax.errors import MissingFileError, UserError
 from tav_jax.reading import read_json, read_text
 from tav_jax.runs.overview import shown
 from tav_jax.runs.run import Run
-from tav_jax.runs.samples import Sample, sample_size
+from tav_jax.runs.samples import Frames, Sample, sample_size
 from tav_jax.text import brief
 from tav_jax.video.read import read_all_frames
-
-Frames = UInt8[np.ndarray, "f H W 3"]
 
 REQUIRED, OPTIONAL = ("video", "prompt"), ("source", "source_prompt", "mask")
 MOST_PROBLEMS = 20  # that one message lists

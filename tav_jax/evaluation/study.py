@@ -84,9 +84,9 @@ def write_study(path: Path, pairs: Sequence[Pair], seed: int, fps: float) -> str
     Raises:
         UserError: The page would be too large for browsers.
     """
-    videos: dict[Path, str] = {}
-    for example in itertools.chain.from_iterable(pairs):
-        videos.setdefault(example.video, _data_url(example.video, fps))
+    # Each once: the first system's videos are in a pair with each other system's.
+    files = dict.fromkeys(one.video for one in itertools.chain.from_iterable(pairs))
+    videos = {video: _data_url(video, fps) for video in files}
     if (size := sum(map(len, videos.values()))) > MOST_BYTES:
         raise UserError(
             f"--study: the videos take {size / 2**20:.0f} MB, a page at most "

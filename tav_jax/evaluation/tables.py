@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from tav_jax.evaluation.intervals import Interval, bootstrap_over_clips
@@ -80,27 +80,23 @@ def _mean(results: Sequence[Scored], metric: str) -> Mean | None:
 
 def text_table(evaluation: Evaluation) -> str:
     """Return the table for a terminal: a row for each metric, a column for each system."""
-    header, *rows = _rows(evaluation)
-    parts = [_aligned([header, *rows])] if rows else []
-    if evaluation.published:
-        head = ("published elsewhere, on other clips", "metric", "value", "source")
-        parts.append(_aligned([head, *_published(evaluation)]))
-    parts += _reasons(evaluation)
-    return "\n\n".join(parts)
+    return "\n\n".join(_parts(evaluation, _aligned))
 
 
 def markdown_table(evaluation: Evaluation) -> str:
     """Return the same tables as Markdown."""
-    parts = []
+    note = "Means over clips, with the interval that holds 95 % of their bootstrap."
+    return "\n\n".join(_parts(evaluation, _markdown, note)) + "\n"
+
+
+def _parts(evaluation: Evaluation, render: Callable[[Sequence], str], *notes: str) -> list[str]:
+    """Return the table with notes below it, that of published figures, and what is not computed."""
     header, *rows = _rows(evaluation)
-    if rows:
-        parts.append(_markdown([header, *rows]))
-        parts.append("Means over clips, with the interval that holds 95 % of their bootstrap.")
+    parts = [render([header, *rows]), *notes] if rows else []
     if evaluation.published:
         head = ("published elsewhere, on other clips", "metric", "value", "source")
-        parts.append(_markdown([head, *_published(evaluation)]))
-    parts += _reasons(evaluation)
-    return "\n\n".join(parts) + "\n"
+        parts.append(render([head, *_published(evaluation)]))
+    return parts + _reasons(evaluation)
 
 
 def json_text(evaluation: Evaluation) -> str:

@@ -111,7 +111,7 @@ def _read_archive(path: Path, content: mmap.mmap) -> dict[str, np.ndarray]:
 def _entries(path: Path, content: mmap.mmap) -> dict[str, range]:
     """Return the bytes of each entry of the archive, all of which must be stored as they are."""
     entries: dict[str, range] = {}
-    with zipfile.ZipFile(io.BufferedReader(_Reader(content))) as archive:
+    with zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
     for info in infos:
         header = content[info.header_offset : info.header_offset + LOCAL_HEADER]
@@ -125,30 +125,6 @@ def _entries(path: Path, content: mmap.mmap) -> dict[str, range]:
             raise UserError(f"{path}: damaged: it ends within {brief(info.filename)}")
         entries[info.filename] = range(start, start + info.file_size)
     return entries
-
-
-class _Reader(io.RawIOBase):
-    """A map of a file, to be read by `zipfile`. An mmap cannot be closed while arrays view it."""
-
-    def __init__(self, content: mmap.mmap):
-        self.content, self.position = content, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: len(self.content)}
-        self.position = max(0, start[whence] + offset)
-        return self.position
-
-    def readinto(self, buffer: Any, /) -> int:
-        piece = self.content[self.position : self.position + len(buffer)]
-        buffer[: len(piece)] = piece
-        self.position += len(piece)
-        return len(piece)
 
 
 class _Unpickler(pickle.Unpickler):

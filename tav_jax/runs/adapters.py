@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 import tav_jax
 from tav_jax.digests import sha256
 from tav_jax.errors import MissingFileError, UserError
-from tav_jax.files import atomic_write, explain_refusal
+from tav_jax.files import atomic_write
 from tav_jax.pretrained.weights import is_finite, read_header, to_parameter, to_tensor
 from tav_jax.reading import parse_json, read_json, why_not_a_file
 from tav_jax.runs.config import TuneConfig, dump_config, parse_config
@@ -104,7 +104,7 @@ def write_adapter(
     }
     if run.recorded is not None:
         metadata["tav.inputs"] = json.dumps(asdict(run.recorded))
-    with atomic_write(path) as partial, explain_refusal(path):
+    with atomic_write(path) as partial:
         save_file(tensors, partial, metadata)
         partial.chmod(0o644)  # safetensors lets only the owner read it
     return sum(value.size for value in trained.values())
