@@ -13,6 +13,7 @@ from tav_jax.errors import NotLearningError, UserError
 from tav_jax.parallel import processes as distributed
 from tav_jax.parallel.sharding import on_mesh
 from tav_jax.runs.config import TuneConfig, load_clips, load_config, with_absolute_paths
+from tav_jax.runs.dry_run import describe_plan
 from tav_jax.runs.lock import lock_run
 from tav_jax.runs.render import render
 from tav_jax.runs.run import Run
@@ -145,6 +146,17 @@ def tune_all(configs: Sequence[TuneConfig]) -> None:
         raise NotLearningError("\n".join(failures))
 
 
+def dry_run(configs: Sequence[TuneConfig]) -> None:
+    """Print what `tune` would do with each config, and write nothing."""
+    programs: Programs = {}
+    for config in configs:
+        run = Run.create(with_absolute_paths(config))
+        say(f"run: {run.folder}")
+        with on_mesh(run.mesh()):
+            for line in describe_plan(run, programs):
+                say(f"  {line}")
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tune command with these arguments, by default the process's own."""
@@ -159,6 +171,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--clips", metavar="FILE", help="YAML: a list of runs, each of the keys in which it differs"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be done, with the memory and time that it takes, and write nothing",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the file's values")
     args = parser.parse_args(argv)
     start_job()
@@ -167,9 +184,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         configs, notes = load_clips(args.config, args.clips, args.overrides)
     else:
         config, notes = load_config(args.config, args.overrides)
+        configs = [config]
     for note in notes:
         say(f"note: {note}")
-    if args.clips:
+    if args.dry_run:
+        dry_run(configs)
+    elif args.clips:
         tune_all(configs)
     else:
         tune(config)

@@ -313,6 +313,10 @@ class Run:
         """Return the frames that the run tunes on. Errors are those of `read_clip`."""
         return self._read_clip().frames
 
+    def frame_indices(self) -> list[int]:
+        """Return the numbers of these frames in the clip. Errors are those of `read_clip`."""
+        return self._read_clip().indices
+
     @property
     def fps(self) -> float:
         """Return the rate of the written videos. Errors are those of `read_clip`."""

@@ -5,7 +5,7 @@
 
 import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -62,7 +62,7 @@ STANDS_STILL = (
 )
 
 # Compiled train steps with the preset that fits, keyed by the settings that they depend on.
-Programs = dict[TuneConfig, tuple[GradientCheckpointing, Callable]]
+Programs = dict[TuneConfig, tuple[GradientCheckpointing, jax.stages.Compiled]]
 
 # Jitted here, so that several clips compile it once.
 fingerprint = jax.jit(fingerprints)
@@ -89,7 +89,7 @@ class Tuning:
     labels: dict[str, Label]
     learning_rate: optax.Schedule
     stages: Stages
-    program: Callable | None = None
+    program: jax.stages.Compiled | None = None
     inputs: tuple[Any, ...] = ()
 
     @property
@@ -273,7 +273,7 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
 
 def fitting_program(
     config: TuneConfig, step: Any, state: TrainState, inputs: tuple[Moments, Context, Any]
-) -> tuple[GradientCheckpointing, Callable]:
+) -> tuple[GradientCheckpointing, jax.stages.Compiled]:
     """Return the compiled step, with the preset that fits, of which its state is to be.
 
     Raises:

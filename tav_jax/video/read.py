@@ -15,13 +15,18 @@ MOST_WHOLE_PIXELS = 2**29  # of a clip that is read whole: 1.6 GB as 8-bit colou
 
 
 class Clip(NamedTuple):
-    """Frames, and how many a second are shown for the speed of the source.
+    """Frames chosen from a source.
 
-    The rate is None if the source has none, as a folder of images.
+    Args:
+        frames: The frames.
+        fps: How many a second are shown for the speed of the source. None if the source has no
+            rate, as a folder of images.
+        indices: The number of each frame in the source, from 0 on.
     """
 
     frames: UInt8[np.ndarray, "f H W 3"]
     fps: float | None
+    indices: list[int]
 
 
 def read_frames(
@@ -102,7 +107,7 @@ def read_clip(
     frames, rate = _read(path, choose, resize, last if sampling == "rate" else None)
     step = (indices[-1] - indices[0]) / max(len(indices) - 1, 1) or sample_frame_rate
     fps = float(f"{rate / step:.5g}") if rate else None  # 29.97 and not 29.97002997
-    return Clip(frames, fps)
+    return Clip(frames, fps, indices)
 
 
 def read_all_frames(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "f H W 3"]:
