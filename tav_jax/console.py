@@ -10,13 +10,13 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 from tqdm import tqdm
 
 from tav_jax.errors import UserError, is_machine_error
+from tav_jax.files import user_cache
 from tav_jax.parallel import processes as distributed
 from tav_jax.stopping import Stopped, print_stopped, stop_on_signals
 from tav_jax.text import printable, shorten
@@ -120,14 +120,7 @@ def keep_compiled_programs() -> None:
         or not jax.config.values["jax_enable_compilation_cache"]
     ):
         return
-    try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        folder = caches / "tav_jax/compiled"
-        # Cached programs are executed unchecked, so nobody else may write to the folder.
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # a home that is read-only, or none
-        return
-    if os.access(folder, os.W_OK):
+    if folder := user_cache("compiled"):
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # Small programs too: a start has ninety of them, two megabytes in all.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tav_jax.console import Parser, command, say
 from tav_jax.errors import UserError
-from tav_jax.files import atomic_write, first_unwritable_parent
+from tav_jax.files import atomic_write, first_unwritable_parent, user_cache
 from tav_jax.stopping import advise, start_job
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _score(args: argparse.Namespace, examples: "Sequence[Example]") -> None:
     from tav_jax.evaluation import tables
     from tav_jax.evaluation.metrics import select_metrics
     from tav_jax.evaluation.published import published_rows
-    from tav_jax.evaluation.scores import default_store, score_examples
+    from tav_jax.evaluation.scores import score_examples
 
     models = {example.made_by for example in examples if example.made_by}
     metrics = select_metrics(args.metrics.split(",") if args.metrics else None, models)
@@ -148,7 +148,7 @@ def _score(args: argparse.Namespace, examples: "Sequence[Example]") -> None:
     results = score_examples(
         examples,
         metrics,
-        args.scores or default_store(),
+        args.scores or user_cache("scores"),
         networks={name: path for name, path in networks.items() if path is not None},
         download=args.download,
     )

@@ -276,6 +276,20 @@ def _lock_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
+def user_cache(name: str) -> Path | None:
+    """Return a folder in the user's cache, created if need be, or None if there can be none.
+
+    Nobody else may write to it, since what is read from there is trusted.
+    """
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = caches / "tav_jax" / name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a home that is read-only, or none
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
 def first_unwritable_parent(path: Path) -> Path | None:
     """Return the parent that keeps `path` from being created, or None if it can be created."""
     nearest = next(place for place in (path, *path.absolute().parents) if place.exists())

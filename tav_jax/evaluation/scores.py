@@ -6,7 +6,6 @@ for, in whatever folder it lies.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -162,14 +161,3 @@ def _digest(example: Example, material: Material) -> str:
         if array is not None:
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def default_store() -> Path | None:
-    """Return the folder of kept scores in the user's cache, or None if there can be none."""
-    try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        folder = caches / "tav_jax/scores"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # a home that is read-only, or none
-        return None
-    return folder if os.access(folder, os.W_OK) else None

@@ -1,10 +1,11 @@
-"""Find the folder of a model: a path, a shipped model, or a Hub id."""
+"""Find the folder of a model: a path, a shipped model, a Hub id, or a whole model in one file."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from tav_jax.errors import MissingFileError, UserError
-from tav_jax.pretrained import weights
+from tav_jax.pretrained import single_file, weights
 from tav_jax.reading import why_not_a_file
 from tav_jax.text import shorten
 
@@ -32,7 +33,8 @@ def find_folder(
 ) -> Path:
     """Return the folder of a path, of a shipped model's name, or of a Hub id, downloaded once.
 
-    Of each network only the weight files that would be read are fetched.
+    Of each network only the weight files that would be read are fetched. A Stable Diffusion model
+    in one file is converted, once.
 
     Args:
         path: The path, name or id.
@@ -49,7 +51,9 @@ def find_folder(
     if folder.is_dir():
         return folder
     if folder.is_file() or why_not_a_file(folder) != "No such file":
-        raise UserError(f"{option}: {folder}: {_what_file(folder, stems)}")
+        if problem := _why_no_model(folder, stems):
+            raise UserError(f"{option}: {folder}: {problem}")
+        return single_file.converted_folder(folder)
     if str(path) in SHIPPED:
         return SHIPPED[str(path)]
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
@@ -89,27 +93,27 @@ def find_folder(
     return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
 
 
-def _what_file(path: Path, stems: Mapping[str, str]) -> str:
-    """Return what a file is that was given as a model, and what to do."""
+def _why_no_model(path: Path, stems: Mapping[str, str]) -> str | None:
+    """Return why a file is no Stable Diffusion model in one file, or None if it seems to be one."""
     if problem := why_not_a_file(path):
         return problem
     suffix = path.suffix.lower()
+    kind: str | None = "a file of another kind"
     if suffix == ".safetensors":
         try:
-            kind = weights.describe_file(path)
+            kind = single_file.describe_file(path)
         except UserError as error:
             return str(error).removeprefix(f"{path}: ")
-    elif suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    elif suffix == ".ckpt":
+        if not zipfile.is_zipfile(path):
+            return "no checkpoint of PyTorch 1.6 or later, or cut off"
+        kind = None
+    elif suffix in (".pt", ".pth", ".bin"):
         kind = "a pickled checkpoint"
-    else:
-        return "a file, where a model's folder in the Hub's layout is needed"
-    needed = f"{kind} in one file; a folder in the Hub's layout is needed"
-    if stems is not WEIGHT_STEMS:
-        return needed
+    if stems is WEIGHT_STEMS and kind is None:
+        return None
     return (
-        f"{needed}. If it is a whole model, "
-        f"diffusers makes one: StableDiffusionPipeline.from_single_file('{path.name}')"
-        ".save_pretrained('FOLDER')"
+        f"{kind or 'a Stable Diffusion model'} in one file; a folder in the Hub's layout is needed"
     )
 
 

@@ -57,15 +57,6 @@ MOST_OF_A_KIND = 3  # tensors that are named, if more are missing, left over or 
 MOST_CHARACTERS = 490  # of a message about them
 MOST_HEADER_BYTES = 100_000_000  # the limit of the library safetensors
 
-# What parts of names say about a file that is no folder.
-SINGLE_FILES = {
-    "lora": "a LoRA, which is added to a model,",
-    "model.diffusion_model.": "a Stable Diffusion model in the original release's layout",
-    "cond_stage_model.": "a Stable Diffusion model in the original release's layout",
-    "down_blocks.": "the U-Net or VAE alone",
-    "text_model.": "a text encoder alone",
-}
-
 TEMPORAL = ("attn_temp", "norm_temp")
 """Modules that only the 3D U-Net has."""
 
@@ -345,23 +336,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     Raises:
         UserError: The file is damaged, has a name twice, or a tensor of a type that is no weight's.
     """
-    require_file(path)
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if not 2 <= size <= min(MOST_HEADER_BYTES, path.stat().st_size - 8):
-            raise _damaged(path, "no header of safetensors")
-        header = file.read(size)
-    try:
-        tree = parse_json(header, str(path))
-        tree.pop("__metadata__", None)
-        tensors = {
-            name: Stored(str(one["dtype"]), tuple(map(int, one["shape"])))
-            for name, one in tree.items()
-        }
-    except (UserError, LookupError, TypeError, ValueError) as error:
-        if "is there twice" in str(error):
-            raise
-        raise _damaged(path, shorten(str(error), 100)) from None
+    tensors = parse_header(path)
     for name, one in tensors.items():
         if one.dtype not in WEIGHT_TYPES and name not in IGNORED:
             raise UserError(
@@ -371,20 +346,32 @@ def read_header(path: Path) -> dict[str, Stored]:
     return tensors
 
 
+def parse_header(path: Path) -> dict[str, Stored]:
+    """Return what `read_header` does, for tensors of any type."""
+    require_file(path)
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 2 <= size <= min(MOST_HEADER_BYTES, path.stat().st_size - 8):
+            raise _damaged(path, "no header of safetensors")
+        header = file.read(size)
+    try:
+        tree = parse_json(header, str(path))
+        tree.pop("__metadata__", None)
+        return {
+            name: Stored(str(one["dtype"]), tuple(map(int, one["shape"])))
+            for name, one in tree.items()
+        }
+    except (UserError, LookupError, TypeError, ValueError) as error:
+        if "is there twice" in str(error):
+            raise
+        raise _damaged(path, shorten(str(error), 100)) from None
+
+
 def stored_shapes(files: Iterable[Path]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield name and shape of each tensor of `.safetensors` files, from their headers."""
     for path in files:
         for name, one in read_header(path).items():
             yield name, one.shape
-
-
-def describe_file(path: Path) -> str:
-    """Return what a single `.safetensors` file seems to be, by the names of its tensors."""
-    names = read_header(path)
-    for start, kind in SINGLE_FILES.items():
-        if any(start in name for name in names):
-            return kind
-    return "weights"
 
 
 def _damaged(path: Path, reason: object) -> UserError:

@@ -730,15 +730,16 @@ def save(*names: str):
 
 
 SINGLE_FILES = {
-    "original.safetensors": (save("model.diffusion_model.input_blocks.0.0.weight"), "original"),
+    "half.safetensors": (save("model.diffusion_model.input_blocks.0.0.weight"), "its VAE and"),
+    "sdxl.safetensors": (save("conditioner.embedders.0.x", "first_stage_model.x"), "an SDXL model"),
     "lora.safetensors": (save("lora_unet_down_blocks_0.lora_up.weight"), "a LoRA"),
     "unet.safetensors": (save("down_blocks.0.resnets.0.conv1.weight"), "U-Net"),
     "clip.safetensors": (save("text_model.final_layer_norm.weight"), "text encoder"),
     "other.safetensors": (save("weight"), "weights in one file"),
     "damaged.safetensors": (lambda path: path.write_bytes(b"<html>"), "damaged"),
-    "model.ckpt": (lambda path: path.write_bytes(b"PK"), "a pickled checkpoint in one file"),
+    "model.ckpt": (lambda path: path.write_bytes(b"PK"), "no checkpoint of PyTorch 1.6 or later"),
     "model.pt": (lambda path: path.write_bytes(b"PK"), "a pickled checkpoint in one file"),
-    "notes.txt": (lambda path: path.write_bytes(b"milk"), "a model's folder in the Hub's layout"),
+    "notes.txt": (lambda path: path.write_bytes(b"milk"), "a folder in the Hub's layout is needed"),
     "pipe.safetensors": (os.mkfifo, "a pipe"),
 }
 
