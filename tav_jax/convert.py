@@ -1,31 +1,48 @@
-"""python -m tav_jax.convert: a run as one file or as a folder that other programs read."""
+"""python -m tav_jax.convert: tuned models in the forms in which people pass them on."""
 
 import sys
-from collections.abc import Sequence
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tav_jax.console import Parser, command, say
 from tav_jax.errors import UserError
-from tav_jax.files import first_unwritable_parent, megabytes
+from tav_jax.files import atomic_folder, first_unwritable_parent, megabytes
 from tav_jax.pretrained.model import save_unet
-from tav_jax.runs.adapters import DTYPES, write_adapter
+from tav_jax.pretrained.single_file import convert_single_file
+from tav_jax.runs.adapters import DTYPES, find_adapter, save_adapter, unpack_adapter, write_adapter
+from tav_jax.runs.pipelines import is_pipeline, read_pipeline, write_pipeline
 from tav_jax.runs.run import Run
 from tav_jax.stopping import advise
+
+FORMS = {
+    "adapter": "the trained parameters alone, one .safetensors file for `sample --adapter`; of a "
+    "run, or of a model folder that the published Tune-A-Video has written",
+    "unet": "the whole U-Net, a folder that the published Tune-A-Video reads",
+    "pipeline": "the whole model, a folder as the published Tune-A-Video writes it",
+    "diffusers": "of a Stable Diffusion model in one file (.safetensors, .ckpt): its folder, which "
+    "diffusers and `pretrained_model_path` read",
+}
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m tav_jax.convert",
-        description="Write what a run has trained in another form. adapter: the trained "
-        "parameters alone, one .safetensors file for `sample --adapter`. unet: the whole U-Net, a "
-        "folder for the published Tune-A-Video and for `pretrained_model_path`.",
+        description="Write a tuned model in another form. "
+        + " ".join(f"{form}: {what}." for form, what in FORMS.items()),
         epilog="example: python -m tav_jax.convert outputs/man-skiing --to adapter "
         "man-skiing.safetensors",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output_dir of tav_jax.tune")
-    parser.add_argument("--to", required=True, choices=("adapter", "unet"))
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="output_dir of tav_jax.tune, an adapter, a model's folder, or a model in one file",
+    )
+    parser.add_argument("--to", required=True, choices=FORMS)
     parser.add_argument("output", type=Path, metavar="OUT", help="the file or folder to write")
-    parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -36,7 +53,7 @@ def _parser() -> Parser:
         "--no-latents", action="store_true", help="an adapter without the inverted clip"
     )
     parser.add_argument(
-        "--model", metavar="DIR", help="the run's base model, if it has moved (compared by digest)"
+        "--model", metavar="DIR", help="the base model, if it has moved (compared by digest)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     return parser
@@ -47,8 +64,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the convert command with these arguments, by default the process's own."""
     args = _parser().parse_args(argv)
     advise("the same command begins again")
-    run = Run.open(args.run)
-    step = run.find_step(args.step)
     output = args.output
     if args.to == "adapter" and output.suffix != ".safetensors":
         raise UserError(f"OUT: {output}: name a file that ends in .safetensors")
@@ -56,15 +71,47 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"OUT: {output} is there already; --overwrite replaces it")
     if place := first_unwritable_parent(output.absolute()):
         raise UserError(f"OUT: {place} is not a folder that can be written to")
+    source = Path(args.source).expanduser()
+    if args.to == "diffusers":
+        convert_single_file(source, output)
+        say(f"wrote {output}: the model in the Hub's layout")
+    elif args.to == "adapter" and is_pipeline(source):
+        count = save_adapter(read_pipeline(source, args.model), output, dtype=args.dtype)
+        say(f"wrote {output}: {count:,} parameters, {megabytes(float(output.stat().st_size))}")
+    else:
+        with opened_run(args.source) as run:
+            convert_run(run, args)
+
+
+@contextmanager
+def opened_run(source: str) -> Iterator[Run]:
+    """Give the run of a folder, or that of an adapter in a temporary folder."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        yield Run.open(folder)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield unpack_adapter(find_adapter(source), Path(temporary) / "run")
+
+
+def convert_run(run: Run, args: Namespace) -> None:
+    """Write what the arguments ask for of a run."""
+    output, step = args.output, run.find_step(args.step)
     if args.model is not None:
         run.use_model(args.model)
     if args.to == "adapter":
         count = write_adapter(run, output, step=step, dtype=args.dtype, latents=not args.no_latents)
         size = megabytes(float(output.stat().st_size))
         say(f"wrote {output}: {count:,} parameters of step {step}, {size}")
-    else:
-        save_unet(output, run.load_model(step).unet)
+    elif args.to == "unet":
+        run.use_float32()
+        unet = run.load_model(step).unet
+        with atomic_folder(output) as partial:
+            save_unet(partial, unet)
         say(f"wrote {output}: the U-Net of step {step}")
+    else:
+        write_pipeline(run, output, step)
+        say(f"wrote {output}: the model of step {step} as the published Tune-A-Video writes it")
 
 
 if __name__ == "__main__":

@@ -52,8 +52,38 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
             sync(path.parent)
         finally:
-            with suppress(OSError):  # the error that led here says more
-                partial.unlink(missing_ok=True)
+            _remove(partial)
+            own_temporaries.discard(partial)
+            os.close(descriptor)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill, which takes the place of `folder` if the block succeeds.
+
+    What was there is removed when the new folder is complete.
+
+    Raises:
+        UserError: The disk is full or refuses to be written.
+    """
+    with explain_refusal(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_partials(folder.parent)
+        with _creating:
+            partial, descriptor = _locked_partial(folder, is_folder=True)
+            own_temporaries.add(partial)
+        try:
+            yield partial
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
+            former = partial.with_name(f"{partial.name}-former")
+            if folder.exists():
+                folder.rename(former)
+            partial.rename(folder)
+            sync(folder.parent)
+            _remove(former)
+        finally:
+            _remove(partial)
             own_temporaries.discard(partial)
             os.close(descriptor)
 
@@ -64,7 +94,7 @@ own_writers: set[subprocess.Popen] = set()  # programs that may be about to crea
 _creating = threading.Lock()
 
 
-def _locked_partial(path: Path) -> tuple[Path, int]:
+def _locked_partial(path: Path, *, is_folder: bool = False) -> tuple[Path, int]:
     """Create a temporary file beside `path`; return it with a descriptor that has it locked.
 
     The lock ends with this process and tells `remove_partials` that the file is being written.
@@ -74,7 +104,11 @@ def _locked_partial(path: Path) -> tuple[Path, int]:
     suffix = path.suffix.lower()  # encoders look at it
     while True:
         partial = path.with_name(f".partial-{name}-{secrets.token_hex(4)}{suffix}")
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        if is_folder:
+            partial.mkdir()
+            descriptor = os.open(partial, os.O_RDONLY)
+        else:
+            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         if _lock(descriptor) is not False and partial.exists():
             return partial, descriptor
         os.close(descriptor)  # another process took it for a dead one's before it was locked
@@ -92,20 +126,29 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove the temporary files in a folder whose writers were killed, on whatever host.
+    """Remove temporary files and folders whose writers were killed, on whatever host.
 
     Where the file system has no locks, nothing is removed.
     """
     for partial in folder.glob(PARTIALS):
         try:
-            descriptor = os.open(partial, os.O_RDWR)
+            descriptor = os.open(partial, os.O_RDONLY if partial.is_dir() else os.O_RDWR)
         except OSError:  # it is finished by now, or not ours to remove
             continue
         try:
             if _lock(descriptor):
-                partial.unlink(missing_ok=True)
+                _remove(partial)
         finally:
             os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there and can be removed."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def remove_own_temporaries() -> None:
@@ -118,8 +161,7 @@ def remove_own_temporaries() -> None:
         writer.kill()
         writer.wait()
     for path in tuple(own_temporaries):
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+        _remove(path)
 
 
 def sync(path: Path) -> None:

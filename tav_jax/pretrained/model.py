@@ -281,13 +281,17 @@ def save_unet(folder: str | Path, unet: Network[UNet3DConditionModel]) -> None:
     save_network(Path(folder), WEIGHT_STEMS["unet"], unet, config)
 
 
-def save_model(folder: str | Path, model: Model, scheduler: Mapping[str, Any]) -> None:
+def save_model(
+    folder: str | Path, model: Model, scheduler: Mapping[str, Any], *, is_tuned: bool = False
+) -> None:
     """Write a model to a folder in the Hub's layout, each tensor in the type it is stored in.
 
     Args:
         folder: Folder to write. It need not exist.
         model: The model.
         scheduler: Contents of `scheduler_config.json`.
+        is_tuned: Write the index of the published Tune-A-Video, whose U-Net is its own. Otherwise
+            write that of an image model.
     """
     folder = Path(folder)
     save_unet(folder / "unet", model.unet)
@@ -303,12 +307,17 @@ def save_model(folder: str | Path, model: Model, scheduler: Mapping[str, Any]) -
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    absent = {"feature_extractor": [None, None], "safety_checker": [None, None]}
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.11.1"}
-    write_json(folder / INDEX_NAME, index | classes | absent)
+    if is_tuned:
+        name, unet_class = "TuneAVideoPipeline", ["models", "UNet3DConditionModel"]
+        absent = {}
+    else:
+        name, unet_class = "StableDiffusionPipeline", ["diffusers", "UNet2DConditionModel"]
+        absent = {"feature_extractor": [None, None], "safety_checker": [None, None]}
+    index = {"_class_name": name, "_diffusers_version": "0.11.1"}
+    parts = dict(sorted((classes | {"unet": unet_class}).items()))
+    write_json(folder / INDEX_NAME, index | parts | absent)
 
 
 def tokenize(model: Model, prompts: Sequence[str]) -> Int32[np.ndarray, "b s"]:

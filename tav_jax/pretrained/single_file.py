@@ -5,8 +5,6 @@ version are renamed, so it converts them, once, to a folder in the user's cache.
 """
 
 import hashlib
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +13,9 @@ from typing import Any
 from tqdm import tqdm
 
 from tav_jax.errors import MissingFileError, UserError
-from tav_jax.files import claim, require_space, user_cache
+from tav_jax.files import atomic_folder, claim, require_space, user_cache
 from tav_jax.pretrained.weights import Stored, parse_header
+from tav_jax.reading import require_file
 from tav_jax.text import printable, shorten
 
 SUFFIXES = (".safetensors", ".ckpt")
@@ -108,21 +107,18 @@ def convert_single_file(path: Path, folder: Path) -> None:
         MissingFileError: The extra `interop` is not installed.
         UserError: diffusers cannot convert the file.
     """
+    require_file(path)
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: a model in one file ends in {' or '.join(SUFFIXES)}")
     if path.suffix == ".safetensors" and (kind := describe_file(path)):
         raise UserError(f"{path}: {kind} in one file, not a whole Stable Diffusion model")
     torch = _import_pytorch(path)
     names, dtype = _tensor_names(path, torch), getattr(torch, _stored_type(path))
-    require_space(folder, path.stat().st_size)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    try:
-        with _quiet():
-            pipeline = _read(path, dtype)
-            _check_complete(path, names, pipeline)
-            pipeline.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with atomic_folder(folder) as partial, _quiet():
+        require_space(folder, path.stat().st_size)
+        pipeline = _read(path, dtype)
+        _check_complete(path, names, pipeline)
+        pipeline.save_pretrained(partial)
 
 
 def _import_pytorch(path: Path) -> Any:

@@ -76,14 +76,32 @@ def write_adapter(
     """
     step = run.find_step(step)
     trained = run.trained_parameters(step)
-    named = (to_tensor(name, np.asarray(value)) for name, value in trained.items())
+    file = run.inverted_file(step)
+    inverted = read_inversion(file)[0] if latents and file.exists() else None
+    adapter = Adapter(portable(run.config), step, run.recorded, trained, inverted)
+    return save_adapter(adapter, path, dtype=dtype)
+
+
+def save_adapter(adapter: Adapter, path: Path, *, dtype: str = "float32") -> int:
+    """Write an adapter's file, and return the number of trained parameters.
+
+    Args:
+        adapter: What the file is to hold.
+        path: The file.
+        dtype: A key of `DTYPES`, of the trained parameters.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    config, inputs = adapter.config, adapter.inputs
+    named = (to_tensor(name, np.asarray(value)) for name, value in adapter.trained.items())
     tensors = {name: tensor.astype(DTYPES[dtype]) for name, tensor in named}
-    if latents and run.inverted_file(step).exists():
-        tensors[INVERTED] = read_inversion(run.inverted_file(step))[0]
+    if adapter.inverted is not None:
+        tensors[INVERTED] = adapter.inverted
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(tensors[name].tobytes())
-    config, spec = _portable(run.config), "modelspec."
+    spec = "modelspec."
     metadata = {
         "format": "pt",
         f"{spec}sai_model_spec": "1.0.1",
@@ -96,21 +114,21 @@ def write_adapter(
         f"{spec}resolution": f"{config.train_data.width}x{config.train_data.height}",
         "tav.format": FORMAT,
         "tav.version": tav_jax.__version__,
-        "tav.step": str(step),
+        "tav.step": str(adapter.step),
         "tav.caption": config.train_data.prompt,
         "tav.frames": str(config.train_data.n_sample_frames),
         "tav.base_model": config.pretrained_model_path,
         "tav.config": json.dumps(to_plain(asdict(config)), ensure_ascii=False),
     }
-    if run.recorded is not None:
-        metadata["tav.inputs"] = json.dumps(asdict(run.recorded))
+    if inputs is not None:
+        metadata["tav.inputs"] = json.dumps(asdict(inputs))
     with atomic_write(path) as partial:
         save_file(tensors, partial, metadata)
         partial.chmod(0o644)  # safetensors lets only the owner read it
-    return sum(value.size for value in trained.values())
+    return sum(value.size for value in adapter.trained.values())
 
 
-def _portable(config: TuneConfig) -> TuneConfig:
+def portable(config: TuneConfig) -> TuneConfig:
     """Return settings without the paths of this machine."""
 
     def name(path: str) -> str:

@@ -387,12 +387,10 @@ def with_absolute_paths(config: TuneConfig) -> TuneConfig:
 
 
 def with_model(config: TuneConfig, path: str) -> TuneConfig:
-    """Return the same settings with a base model, a folder's path being absolute."""
-    folder = Path(path).expanduser()
-    # If it is not a folder it is a name or a Hub id.
-    return replace(
-        config, pretrained_model_path=str(folder.absolute()) if folder.is_dir() else path
-    )
+    """Return the same settings with a base model, the path of a folder or file being absolute."""
+    place = Path(path).expanduser()
+    # If there is no such place it is a name or a Hub id.
+    return replace(config, pretrained_model_path=str(place.absolute()) if place.exists() else path)
 
 
 def with_fps(config: TuneConfig, fps: float | None) -> TuneConfig:

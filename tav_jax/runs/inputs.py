@@ -60,9 +60,12 @@ class FileDigest:
 
 @dataclass(frozen=True, config=STRICT)
 class Inputs:
-    """What a run reads: its clip, and the files of its base model by their names in its folder."""
+    """What a run reads: its clip, and the files of its base model by their names in its folder.
 
-    clip: ClipDigest
+    The clip of a model that the published code has tuned is not known.
+    """
+
+    clip: ClipDigest | None
     model: dict[str, FileDigest]
 
 

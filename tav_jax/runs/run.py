@@ -340,7 +340,7 @@ class Run:
                 fit=data.fit,
             )
             self._clip_digest = digest_frames(clip.frames, Path(data.video_path))
-            if self.recorded:
+            if self.recorded and self.recorded.clip:
                 check_clip(self.recorded.clip, self._clip_digest, self.folder, data.video_path)
             self._clip = clip
         return self._clip
@@ -357,6 +357,10 @@ class Run:
                 raise
             except UserError:
                 return
+
+    def use_float32(self) -> None:
+        """Load the base model in float32, whatever the run computes in."""
+        self.config = replace(self.config, mixed_precision="no")
 
     def use_model(self, path: str) -> None:
         """Load the base model from another place.

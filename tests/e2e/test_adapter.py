@@ -11,8 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from tav_jax import check, convert, sample
 from tav_jax.errors import UserError
-from tav_jax.pretrained.model import load_unet
+from tav_jax.pretrained.model import load_model, load_unet
 from tav_jax.runs.adapters import read_adapter, write_adapter
+from tav_jax.runs.config import load_config
+from tav_jax.runs.pipelines import write_pipeline
 from tav_jax.runs.run import Run
 
 
@@ -125,6 +127,94 @@ def test_the_unet_of_a_run_is_a_folder_that_loads(finished_run, cli, tmp_path):
     assert written.keys() == tuned.keys()
     for name, value in tuned.items():
         np.testing.assert_array_equal(written[name], value)
+
+
+@pytest.fixture(scope="module")
+def published(finished_run, tmp_path_factory):
+    """The run as a whole folder in the layout of the published code."""
+    folder = tmp_path_factory.mktemp("published") / "model"
+    write_pipeline(Run.open(finished_run.folder), folder, 6)
+    return folder
+
+
+def test_a_whole_folder_is_that_of_the_published_code_and_loads(published, finished_run):
+    # Facts of the published library: https://huggingface.co/Tune-A-Video-library
+    index = json.loads((published / "model_index.json").read_text())
+    assert index["_class_name"] == "TuneAVideoPipeline"
+    assert index["unet"] == ["models", "UNet3DConditionModel"]
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert (published / "model_index.json").stat().st_size == 373
+    scheduler = json.loads((published / "scheduler/scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == "DDIMScheduler"
+    unet = json.loads((published / "unet/config.json").read_text())
+    assert unet["_class_name"] == "UNet3DConditionModel"
+    loaded, tuned = load_model(published), Run.open(finished_run.folder).load_model(6)
+    for part in ("unet", "vae", "text_encoder"):
+        ours, theirs = getattr(loaded, part).params, getattr(tuned, part).params
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            np.testing.assert_array_equal(ours[name], value)
+    settings = load_config(published / "config.yaml")[0]
+    assert settings.train_data.prompt == "a square is moving"
+
+
+def test_a_published_folder_becomes_an_adapter(published, adapter, finished_run, cli, tmp_path):
+    path, base = tmp_path / "back.safetensors", Run.open(finished_run.folder).config
+    arguments = (published, "--to", "adapter", path, "--model", base.pretrained_model_path)
+    done = cli(convert, *arguments)
+    assert done.status == 0, done.err
+    back, first = read_adapter(path), read_adapter(adapter)
+    assert back.step == first.step
+    assert back.inputs.model == first.inputs.model
+    assert back.inputs.clip is None
+    assert back.trained.keys() == first.trained.keys()
+    for name, value in first.trained.items():
+        np.testing.assert_array_equal(back.trained[name], value)
+    done = cli(
+        *(sample, "--adapter", path, "--model", base.pretrained_model_path, "--prompt", "a cat"),
+        *("--run", tmp_path / "run", "--num-inv-steps", 0)[:2],
+    )
+    assert done.status == 1, "the clip is not there, and its inversion is not in the file"
+    assert "moving square.mp4" in done.err
+
+
+def test_a_folder_that_was_tuned_otherwise_is_no_adapter(published, finished_run, cli, tmp_path):
+    other = shutil.copytree(published, tmp_path / "model")
+    file = other / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"conv_in.bias": tensors["conv_in.bias"] + 1}, file, {"format": "pt"})
+    base = Run.open(finished_run.folder).config.pretrained_model_path
+    path = tmp_path / "x.safetensors"
+    done = cli(convert, other, "--to", "adapter", path, "--model", base)
+    assert done.status == 1
+    assert "conv_in.bias differ, too" in done.err
+    done = cli(convert, other, "--to", "adapter", path)
+    assert "--model DIR says where the base model is" in done.err
+    (other / "config.yaml").unlink()
+    done = cli(convert, other, "--to", "adapter", path, "--model", base)
+    assert "no config.yaml, which names the caption" in done.err
+    assert not path.exists()
+
+
+def test_an_adapter_becomes_a_folder(adapter, published, finished_run, cli, tmp_path):
+    base = Run.open(finished_run.folder).config.pretrained_model_path
+    done = cli(convert, adapter, "--to", "pipeline", tmp_path / "model", "--model", base)
+    assert done.status == 0, done.err
+    for file in ("unet/diffusion_pytorch_model.safetensors", "unet/config.json", "config.yaml"):
+        assert (tmp_path / "model" / file).read_bytes() == (published / file).read_bytes()
+    (tmp_path / "model/mine.txt").write_text("notes")
+    done = cli(convert, adapter, "--to", "unet", tmp_path / "model", "--model", base)
+    assert done.status == 1
+    assert (tmp_path / "model/mine.txt").exists()
+
+
+def test_a_model_in_one_file_is_named_if_it_is_none(cli, tmp_path):
+    (tmp_path / "x.pt").write_bytes(b"x")
+    done = cli(convert, tmp_path / "x.pt", "--to", "diffusers", tmp_path / "out")
+    assert "a model in one file ends in .safetensors or .ckpt" in done.err
+    done = cli(convert, tmp_path / "none.ckpt", "--to", "diffusers", tmp_path / "out")
+    assert "none.ckpt" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 def damaged(metadata, tensors, **changes):
