@@ -1,5 +1,6 @@
 """python -m tav_jax.convert: tuned models in the forms in which people pass them on."""
 
+import re
 import sys
 import tempfile
 from argparse import Namespace
@@ -13,6 +14,7 @@ from tav_jax.files import atomic_folder, first_unwritable_parent, megabytes
 from tav_jax.pretrained.model import save_unet
 from tav_jax.pretrained.single_file import convert_single_file
 from tav_jax.runs.adapters import DTYPES, find_adapter, save_adapter, unpack_adapter, write_adapter
+from tav_jax.runs.hub_upload import CARD, check_login, upload, write_publication
 from tav_jax.runs.pipelines import is_pipeline, read_pipeline, write_pipeline
 from tav_jax.runs.run import Run
 from tav_jax.stopping import advise
@@ -40,8 +42,10 @@ def _parser() -> Parser:
         metavar="SOURCE",
         help="output_dir of tav_jax.tune, an adapter, a model's folder, or a model in one file",
     )
-    parser.add_argument("--to", required=True, choices=FORMS)
-    parser.add_argument("output", type=Path, metavar="OUT", help="the file or folder to write")
+    parser.add_argument("--to", choices=FORMS, help="(with --push: adapter)")
+    parser.add_argument(
+        "output", type=Path, nargs="?", metavar="OUT", help="the file or folder to write"
+    )
     parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
     parser.add_argument(
         "--dtype",
@@ -56,6 +60,13 @@ def _parser() -> Parser:
         "--model", metavar="DIR", help="the base model, if it has moved (compared by digest)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    hub = parser.add_argument_group("instead of OUT, upload to the Hub, with a model card")
+    hub.add_argument("--push", metavar="USER/NAME", help="the repository, created if there is none")
+    hub.add_argument("--private", action="store_true", help="create it as a private one")
+    hub.add_argument("--license", metavar="NAME", help="as the Hub names it, for the card")
+    hub.add_argument(
+        "--dry-run", action="store_true", help="print the card and the files, upload nothing"
+    )
     return parser
 
 
@@ -64,7 +75,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the convert command with these arguments, by default the process's own."""
     args = _parser().parse_args(argv)
     advise("the same command begins again")
+    if args.push is not None:
+        push(args)
+    else:
+        write(args)
+
+
+def write(args: Namespace) -> None:
+    """Write what the arguments ask for.
+
+    Raises:
+        UserError: It cannot be made, or OUT cannot be written.
+    """
     output = args.output
+    if output is None or args.to is None:
+        raise UserError("nothing to write: give --to FORM and OUT, or --push USER/NAME")
     if args.to == "adapter" and output.suffix != ".safetensors":
         raise UserError(f"OUT: {output}: name a file that ends in .safetensors")
     if output.exists() and not args.overwrite:
@@ -81,6 +106,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         with opened_run(args.source) as run:
             convert_run(run, args)
+
+
+def push(args: Namespace) -> None:
+    """Upload a run or an adapter with a model card, or show what would be uploaded.
+
+    Raises:
+        UserError: It cannot be made, or the Hub refuses it.
+    """
+    form = args.to or "adapter"
+    if form not in ("adapter", "pipeline") or args.output is not None:
+        raise UserError("--push: uploads --to adapter or --to pipeline, and writes no OUT")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push):
+        raise UserError(f"--push: {args.push}: a repository is named USER/NAME")
+    if not args.dry_run:
+        say(f"logged in to the Hub as {check_login()}")
+    with opened_run(args.source) as run, tempfile.TemporaryDirectory() as temporary:
+        if args.model is not None:
+            run.use_model(args.model)
+        folder = Path(temporary) / "model"
+        folder.mkdir()
+        write_publication(
+            run,
+            folder,
+            form=form,
+            step=run.find_step(args.step),
+            repo=args.push,
+            dtype=args.dtype,
+            latents=not args.no_latents,
+            license_name=args.license,
+        )
+        if args.dry_run:
+            say((folder / CARD).read_text(encoding="utf-8"))
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                size = megabytes(float(path.stat().st_size))
+                say(f"{path.relative_to(folder)}: {size}")
+        if args.dry_run:
+            say(f"nothing was uploaded to {args.push}")
+        else:
+            say(f"uploaded to {upload(folder, args.push, is_private=args.private)}")
 
 
 @contextmanager
