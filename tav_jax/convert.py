@@ -73,7 +73,8 @@ def _parser() -> Parser:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the convert command with these arguments, by default the process's own."""
-    args = _parser().parse_args(argv)
+    # Intermixed, because OUT comes after --to, and may be left out.
+    args = _parser().parse_intermixed_args(argv)
     advise("the same command begins again")
     if args.push is not None:
         push(args)
