@@ -7,7 +7,6 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from tav_jax.console import Parser, command, say
 from tav_jax.errors import UserError
@@ -30,16 +29,8 @@ FORMS = {
 }
 
 
-class _Parser(Parser):
-    """A parser of arguments of which the last comes after options and may be left out."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Return the arguments."""
-        return self.parse_intermixed_args(args, namespace)
-
-
 def _parser() -> Parser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m tav_jax.convert",
         description="Write a tuned model in another form. "
         + " ".join(f"{form}: {what}." for form, what in FORMS.items()),
@@ -82,7 +73,8 @@ def _parser() -> Parser:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the convert command with these arguments, by default the process's own."""
-    args = _parser().parse_args(argv)
+    # OUT comes after --to, and may be left out.
+    args = _parser().parse_intermixed_args(argv)
     advise("the same command begins again")
     if args.push is not None:
         push(args)

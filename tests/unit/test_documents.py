@@ -44,12 +44,15 @@ class Parsed(BaseException):
 
 
 def read_arguments(monkeypatch, main, arguments: list[str]) -> argparse.Namespace:
-    parse = argparse.ArgumentParser.parse_args
+    def stopping_after(parse):
+        def parse_and_stop(parser, given=None):
+            raise Parsed(parse(parser, given))
 
-    def parse_and_stop(parser, given=None):
-        raise Parsed(parse(parser, given))
+        return parse_and_stop
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    for name in ("parse_args", "parse_intermixed_args"):
+        parse = getattr(argparse.ArgumentParser, name)
+        monkeypatch.setattr(argparse.ArgumentParser, name, stopping_after(parse))
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
     with pytest.raises(Parsed) as parsed:
         main()
