@@ -23,6 +23,7 @@ from tav_jax.models.vae import AutoencoderKL, VAEConfig
 from tav_jax.pretrained import configs as published_config
 from tav_jax.pretrained import weights
 from tav_jax.pretrained.hub import WEIGHT_STEMS, find_folder
+from tav_jax.pretrained.lora import Lora, change_of, read_loras
 from tav_jax.reading import read_json, require_file
 from tav_jax.text import shorten
 from tav_jax.types import PRNGKey
@@ -64,6 +65,7 @@ def load_model(
     key: PRNGKey | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
 ) -> Model:
     """Return a Stable Diffusion model with its U-Net inflated to frames.
 
@@ -82,11 +84,12 @@ def load_model(
         revision: Branch, tag or commit on the Hub.
         variant: Variant of the weight files, such as "fp16". None: the plain files or, if there
             are none, fp16.
+        loras: LoRAs to add to the text encoder and the U-Net, each a file and its scale.
 
     Raises:
         MissingFileError: there is no such folder, and no such id on the Hub or in its cache, or
             the folder is incomplete.
-        UserError: a config is unsupported, or the weights do not fit it.
+        UserError: a config is unsupported, or the weights do not fit it, or a LoRA does not.
     """
     folder = find_folder(pretrained_model_path, revision=revision, variant=variant)
     parts = (*WEIGHT_STEMS, *CONFIG_NAMES)
@@ -104,9 +107,10 @@ def load_model(
         weights.find_files(folder / part, stem, variant)
     tokenizer = load_tokenizer(folder / "tokenizer")
     _check_parts_match(folder, tokenizer, text_config, vae_config, unet_config)
+    added = read_loras(loras, text_config, unet_config)
     model = Model(
         tokenizer,
-        load_text_encoder(folder / "text_encoder", dtype=dtype, variant=variant),
+        load_text_encoder(folder / "text_encoder", dtype=dtype, variant=variant, loras=added),
         load_vae(folder / "vae", dtype=dtype, variant=variant),
         load_unet(
             folder / "unet",
@@ -114,6 +118,7 @@ def load_model(
             float32_modules=float32_modules,
             key=key,
             variant=variant,
+            loras=added,
         ),
         schedule,
     )
@@ -208,9 +213,13 @@ def _is_not_about_pytorch(record: logging.LogRecord) -> bool:
 
 
 def load_text_encoder(
-    folder: Path, *, dtype: str = "float32", variant: str | None = None
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    variant: str | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Network[CLIPTextModel]:
-    """Return CLIP's text encoder from its folder."""
+    """Return CLIP's text encoder from its folder, with LoRAs added to it."""
     config = published_config.read_text_config(_read_config(folder), f"{folder}/config.json")
 
     def rename(name: str) -> str:
@@ -218,7 +227,16 @@ def load_text_encoder(
         return name if name.startswith("text_model.") else f"text_model.{name}"
 
     stem = WEIGHT_STEMS["text_encoder"]
-    return load_network(CLIPTextModel, config, folder, stem, variant, dtype, rename=rename)
+    return load_network(
+        CLIPTextModel,
+        config,
+        folder,
+        stem,
+        variant,
+        dtype,
+        rename=rename,
+        change_of=change_of([lora.text_encoder for lora in loras]),
+    )
 
 
 def load_vae(
@@ -236,6 +254,7 @@ def load_unet(
     float32_modules: Sequence[str] = (),
     key: PRNGKey | None = None,
     variant: str | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Network[UNet3DConditionModel]:
     """Return the U-Net from its folder. An image U-Net is inflated to a 3D one.
 
@@ -245,6 +264,7 @@ def load_unet(
         float32_modules: See `load_model`.
         key: See `load_model`.
         variant: See `load_model`.
+        loras: What is added to it, as `read_loras` gives it.
     """
     published = _read_config(folder)
     config = published_config.read_unet_config(published, f"{folder}/config.json")
@@ -259,6 +279,7 @@ def load_unet(
         dtype,
         dtype_of=dtype_of,
         may_lack=weights.TEMPORAL if is_image_unet else (),
+        change_of=change_of([lora.unet for lora in loras]),
     )
     shapes = parameter_shapes(UNet3DConditionModel, unet.config)
     key = jax.random.key(0) if key is None else key
@@ -342,6 +363,7 @@ def load_network(
     dtype_of: Callable[[str], str] | None = None,
     may_lack: tuple[str, ...] = (),
     rename: Callable[[str], str] = str,
+    change_of: Callable[[str], np.ndarray | None] = lambda name: None,
 ) -> Network:
     """Return a network with the weights of a folder.
 
@@ -358,6 +380,7 @@ def load_network(
         dtype_of: The type in which a parameter of that name is stored. None: `dtype` for all.
         may_lack: Modules whose weights may be missing.
         rename: Gives the published name of a tensor of the files.
+        change_of: See `weights.merge`.
     """
     where = str(folder)
     shapes = parameter_shapes(module_class, config)
@@ -372,6 +395,7 @@ def load_network(
         dtype_of=dtype_of or (lambda name: dtype),
         where=where,
         may_lack=may_lack,
+        change_of=change_of,
     )
     return Network(module_class, config, params, ComputeOptions(dtype=dtype))
 

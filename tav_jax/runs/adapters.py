@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from safetensors.numpy import save_file
 
 import tav_jax
 from tav_jax.digests import sha256
 from tav_jax.errors import MissingFileError, UserError
 from tav_jax.files import atomic_write
-from tav_jax.pretrained.weights import is_finite, read_header, to_parameter, to_tensor
+from tav_jax.pretrained.weights import is_finite, read_safetensors, to_parameter, to_tensor
 from tav_jax.reading import parse_json, read_json, why_not_a_file
 from tav_jax.runs.config import TuneConfig, dump_config, parse_config
 from tav_jax.runs.inputs import Inputs, write_inputs
@@ -131,13 +130,7 @@ def read_adapter(path: Path) -> Adapter:
     Raises:
         UserError: It is another file, is damaged, or is of a later version.
     """
-    read_header(path)
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: damaged or cut off ({error})") from None
+    tensors, metadata = read_safetensors(path)
     if "tav.format" not in metadata:
         raise UserError(
             f"{path}: not an adapter of tav_jax; `python -m tav_jax.convert RUN --to adapter FILE` "
