@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         "--model", metavar="DIR", help="the runs' base model, if it has moved (compared by digest)"
     )
     parser.add_argument(
+        "--lora-dir", metavar="DIR", help="the runs' LoRAs, if they have moved (found by digest)"
+    )
+    parser.add_argument(
         "--manifest", type=Path, metavar="FILE", help="default: PLAN.manifest.jsonl beside the plan"
     )
     return parser
@@ -68,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("--batch-size", BatchSize, args.batch_size),
         ("--workers", BatchSize, args.workers),
         ("--model", PathText, args.model),
+        ("--lora-dir", PathText, args.lora_dir),
     )
-    jobs = plan_jobs(read_plan(args.plan), args.model)
+    jobs = plan_jobs(read_plan(args.plan), args.model, args.lora_dir)
     manifest = args.manifest or args.plan.with_suffix(".manifest.jsonl")
     if place := first_unwritable_parent(manifest.absolute().parent):
         raise UserError(f"--manifest: {place} is not writable; name another file")
@@ -83,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments = [str(args.plan), "--batch-size", str(args.batch_size)]
         arguments += ["--manifest", str(manifest)]
         arguments += ["--model", args.model] if args.model is not None else []
+        arguments += ["--lora-dir", args.lora_dir] if args.lora_dir is not None else []
         failed = run_workers(arguments, worker_environments(workers, *devices_here()))
         written = wanted - sum(len(missing_samples(job)) for job in jobs)
     else:

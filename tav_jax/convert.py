@@ -38,6 +38,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--model", metavar="DIR", help="the run's base model, if it has moved (compared by digest)"
     )
+    parser.add_argument(
+        "--lora-dir", metavar="DIR", help="the run's LoRAs, if they have moved (found by digest)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     return parser
 
@@ -58,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"OUT: {place} is not a folder that can be written to")
     if args.model is not None:
         run.use_model(args.model)
+    if args.lora_dir is not None:
+        run.use_lora_dir(args.lora_dir)
     if args.to == "adapter":
         count = write_adapter(run, output, step=step, dtype=args.dtype, latents=not args.no_latents)
         size = megabytes(float(output.stat().st_size))
@@ -65,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         save_unet(output, run.load_model(step).unet)
         say(f"wrote {output}: the U-Net of step {step}")
+        if run.config.loras:
+            say(
+                "note: it has the run's LoRAs in it, but what they add to the text encoder is in "
+                "no U-Net"
+            )
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ GuidanceScale = Annotated[Number, Field(ge=0, le=1000)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Decay = Annotated[Number, Field(ge=0, lt=1)]
 Rate = Annotated[Number, Field(ge=1e-12, le=1000)]  # 0 would learn nothing
+LoraScale = Annotated[Number, Field(ge=-100, le=100)]
 Positive = Annotated[Number, Field(gt=0)]
 Fps = Annotated[Number, Field(ge=0.1, le=1000)]
 Text = Annotated[str, Field(max_length=10_000)]
@@ -296,4 +297,4 @@ def to_plain(value: Any) -> Any:
     """Return nested dictionaries with every tuple as a list, as YAML writes it."""
     if isinstance(value, dict):
         return {key: to_plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [to_plain(item) for item in value] if isinstance(value, tuple) else value

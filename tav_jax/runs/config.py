@@ -26,6 +26,7 @@ from tav_jax.settings import (
     Fps,
     Frames,
     Integer,
+    LoraScale,
     Number,
     NumSteps,
     PathText,
@@ -65,6 +66,9 @@ Checkpointing = Annotated[
 
 # None is "auto".
 ClipFps = Annotated[Fps | None, BeforeValidator(lambda value: None if value == "auto" else value)]
+
+# Keys that a run's config.yaml has only if they have another value.
+UNSET: dict[str, Any] = {"loras": []}
 
 # The first and the last line of a run's config.yaml: what begins with one and lacks the other has
 # been cut off.
@@ -152,6 +156,26 @@ class ValidationData(SamplingSettings):
         return select_settings(self, invert=self.use_inv_latent)
 
 
+@dataclass(frozen=True, config=STRICT)
+class LoraFile:
+    """A LoRA that is added to the base model.
+
+    Args:
+        path: A `.safetensors` or `.bin` file.
+        scale: The weight with which it is added.
+    """
+
+    path: PathText
+    scale: LoraScale = 1.0
+
+
+# A path alone has the scale 1.
+Lora = Annotated[
+    LoraFile,
+    BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value),
+]
+
+
 def _is_axis_size(value: int) -> int:
     if value < -1 or value == 0:
         raise ValueError("Input should be a number of devices, or -1 for the rest of them")
@@ -216,6 +240,7 @@ class TuneConfig:
         mesh: How the work is sharded over devices.
         revision: Branch, tag or commit of a model on the Hub.
         variant: Variant of its weight files, such as "fp16".
+        loras: LoRAs that are added to the base model before it is tuned.
     """
 
     pretrained_model_path: PathText
@@ -250,6 +275,7 @@ class TuneConfig:
     mesh: MeshSizes = Field(default_factory=MeshSizes)
     revision: Text | None = None
     variant: Text | None = None
+    loras: tuple[Lora, ...] = ()
 
     def __post_init__(self) -> None:
         train, validation = self.train_data, self.validation_data
@@ -383,6 +409,7 @@ def with_absolute_paths(config: TuneConfig) -> TuneConfig:
         output_dir=absolute(config.output_dir),
         train_data=replace(config.train_data, video_path=absolute(config.train_data.video_path)),
         resume_from_checkpoint=absolute(checkpoint) if checkpoint else None,
+        loras=tuple(replace(lora, path=absolute(lora.path)) for lora in config.loras),
     )
 
 
@@ -400,9 +427,21 @@ def with_fps(config: TuneConfig, fps: float | None) -> TuneConfig:
     return replace(config, validation_data=replace(config.validation_data, fps=fps))
 
 
+def config_tree(config: TuneConfig) -> dict[str, Any]:
+    """Return settings as nested dictionaries and lists.
+
+    Keys that most runs do not need are there only if they are set.
+    """
+    tree = to_plain(asdict(config))
+    for name, default in UNSET.items():
+        if tree[name] == default:
+            del tree[name]
+    return tree
+
+
 def dump_config(config: TuneConfig) -> str:
     """Return the YAML that `load_config` reads back to the same settings."""
-    keys = yaml.safe_dump(to_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    keys = yaml.safe_dump(config_tree(config), sort_keys=False, allow_unicode=True)
     return f"{FIRST_LINE}\n{keys}{LAST_LINE}\n"
 
 

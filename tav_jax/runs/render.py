@@ -161,6 +161,7 @@ def sample_run(job: Job, *, batch_size: int = 1) -> list[Path]:
     warn_unused_seeds(job.wanted)
     if any(is_wanted):
         run.check_clip()
+        run.check_loras()
     # Without a video to make no devices are needed, which a run of many may lack here.
     with on_mesh(run.mesh()) if any(is_wanted) else nullcontext():
         return render(

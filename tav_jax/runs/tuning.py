@@ -126,6 +126,7 @@ def prepare(run: Run, programs: Programs) -> Tuning:
     config, stages = run.config, Stages()
     with stages("read"):
         run.clip()
+        run.check_loras()
     with stages("load"):
         model = run.load_base()
     run.begin_digests()
@@ -327,6 +328,7 @@ def step_settings(config: TuneConfig) -> TuneConfig:
         validation_data=ValidationData(),
         resume_from_checkpoint=None,
         seed=0,
+        loras=(),
     )
 
 
