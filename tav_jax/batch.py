@@ -22,7 +22,8 @@ A plan in YAML asks for every prompt and seed of every run:
     prompts: ["a panda, cartoon style", "at sunset"]
     seeds: [0, 1]            # optional; by default each run's own seed
     guidance_scale: 12.5     # optional, like negative_prompt, num_inference_steps,
-    eta: 1.0                 # num_inv_steps, sampler, and use_inv_latent: false for random noise
+    eta: 1.0                 # num_inv_steps, sampler, prompt_syntax, and use_inv_latent:
+                             # false for random noise
 
 A plan in CSV asks for one video per line. It has the columns run and prompt, and any of seed and
 the settings above.
@@ -54,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         "--model", metavar="DIR", help="the runs' base model, if it has moved (compared by digest)"
     )
     parser.add_argument(
-        "--lora-dir", metavar="DIR", help="the runs' LoRAs, if they have moved (found by digest)"
+        "--lora-dir",
+        metavar="DIR",
+        help="the runs' LoRAs and embeddings, if they have moved (found by digest)",
     )
     parser.add_argument(
         "--manifest", type=Path, metavar="FILE", help="default: PLAN.manifest.jsonl beside the plan"

@@ -39,7 +39,9 @@ def _parser() -> Parser:
         "--model", metavar="DIR", help="the run's base model, if it has moved (compared by digest)"
     )
     parser.add_argument(
-        "--lora-dir", metavar="DIR", help="the run's LoRAs, if they have moved (found by digest)"
+        "--lora-dir",
+        metavar="DIR",
+        help="the run's LoRAs and embeddings, if they have moved (found by digest)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     return parser
@@ -70,10 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         save_unet(output, run.load_model(step).unet)
         say(f"wrote {output}: the U-Net of step {step}")
-        if run.config.loras:
+        if run.config.loras or run.config.embeddings:
             say(
-                "note: it has the run's LoRAs in it, but what they add to the text encoder is in "
-                "no U-Net"
+                "note: it has the run's LoRAs in it, but not what they add to the text encoder, "
+                "nor embeddings"
             )
 
 

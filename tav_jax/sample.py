@@ -16,7 +16,15 @@ from tav_jax.runs.config import LoraFile, parse_mesh
 from tav_jax.runs.render import sample_run
 from tav_jax.runs.samples import Sample, check_number_of_videos, plan_samples, record_loras
 from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings
-from tav_jax.settings import BatchSize, PathText, Text, WrongSettingsError, parse, wrong_option
+from tav_jax.settings import (
+    BatchSize,
+    PathText,
+    PromptSyntax,
+    Text,
+    WrongSettingsError,
+    parse,
+    wrong_option,
+)
 from tav_jax.stopping import advise, start_job
 from tav_jax.text import SURROGATE, brief, shorten
 
@@ -83,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-inference-steps", type=int, metavar="N")
     parser.add_argument("--num-inv-steps", type=int, metavar="N")
     parser.add_argument("--sampler", choices=get_args(SamplerName), help="dpm_solver: 20 steps do")
+    parser.add_argument(
+        "--prompt-syntax",
+        choices=get_args(PromptSyntax),
+        help="weighted: (word:1.3), and prompts of any length",
+    )
     parser.add_argument("--eta", type=float, help="noise of each DDIM step, 0 to 1")
     parser.add_argument("--random-noise", action="store_true", help="do not start from the clip")
     parser.add_argument(
@@ -98,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
         "--model", metavar="DIR", help="the run's base model, if it has moved (compared by digest)"
     )
     parser.add_argument(
-        "--lora-dir", metavar="DIR", help="the run's LoRAs, if they have moved (found by digest)"
+        "--lora-dir",
+        metavar="DIR",
+        help="the run's LoRAs and embeddings, if they have moved (found by digest)",
     )
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="prompts at a time")
     parser.add_argument(

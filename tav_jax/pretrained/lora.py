@@ -84,6 +84,7 @@ UNSUPPORTED = {
 
 SDXL_CONTEXT = 2048  # width of its text states
 METADATA = "lora_adapter_metadata"
+MOST_ALPHA = 1e9
 MOST_OF_A_KIND = 3  # tensors that a message names
 MOST_CHARACTERS = 490  # of a message
 
@@ -328,7 +329,8 @@ def _scales(metadata: Mapping[str, str], path: Path) -> Callable[[str, str, int]
             if f".{module}".endswith(f".{pattern.removeprefix('^')}"):
                 alpha = value
                 break
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        # JSON may have numbers of any length.
+        if type(alpha) not in (int, float) or not abs(alpha) < MOST_ALPHA:
             raise UserError(f"{path}: {METADATA}: lora_alpha is {brief(alpha)}, no number")
         return alpha / (math.sqrt(rank) if get("use_rslora", False) else rank)
 

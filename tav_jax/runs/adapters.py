@@ -122,6 +122,7 @@ def _portable(config: TuneConfig) -> TuneConfig:
         train_data=replace(config.train_data, video_path=name(config.train_data.video_path)),
         resume_from_checkpoint=None,
         loras=tuple(replace(lora, path=name(lora.path)) for lora in config.loras),
+        embeddings=tuple(map(name, config.embeddings)),
     )
 
 
@@ -146,8 +147,10 @@ def read_adapter(path: Path) -> Adapter:
     inputs = None
     if "tav.inputs" in metadata:
         inputs = parse(Inputs, _json(metadata, "tav.inputs", path), f"{path}: tav.inputs")
-    if config.loras and (inputs is None or len(inputs.loras) != len(config.loras)):
-        raise UserError(f"{path}: damaged: it has no digests of its LoRAs")
+    for kind in ("loras", "embeddings"):
+        digests = () if inputs is None else getattr(inputs, kind)
+        if len(digests) != len(getattr(config, kind)):
+            raise UserError(f"{path}: damaged: it does not have the digests of its {kind}")
     inverted = tensors.pop(INVERTED, None)
     if wrong := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         raise UserError(f"{path}: {shorten(', '.join(wrong))}: not all values are finite")

@@ -1,4 +1,4 @@
-"""The LoRAs of a run: where their files are, and whether they are those that it was tuned with."""
+"""The LoRAs and embeddings of a run: where they are, and whether it was tuned with them."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -162,7 +162,8 @@ def plan_jobs(
     Args:
         items: The videos of the plan.
         model: Where the runs' base model is now, or None: where they have recorded it.
-        lora_dir: Where the runs' LoRAs are now, or None: where they have recorded them.
+        lora_dir: Where the runs' LoRAs and embeddings are now, or None: where they have recorded
+            them.
 
     Raises:
         UserError: Runs are missing, or videos with other settings exist, or a run's clip is another
@@ -185,7 +186,7 @@ def plan_jobs(
                 job.run.use_lora_dir(lora_dir)
             if job.wanted:
                 job.run.check_clip()
-                job.run.check_loras()
+                job.run.check_additions()
             jobs.append(job)
         except UserError as error:
             problems.append(str(error))

@@ -14,7 +14,7 @@ EXECUTION_KEYS = (
     *("mesh.data", "mesh.frames", "mesh.fsdp"),
 )
 # Keys that name files. What counts is the content, of which a run has digests. So it is with the
-# files of `loras`, whose number and scales count, too.
+# files of `loras` and `embeddings`, whose number and scales count, too.
 INPUT_KEYS = ("pretrained_model_path", "revision", "variant", "train_data.video_path")
 # Keys on which the trained weights do not depend: when something is written, and how prompts are
 # sampled. A run may go on with other values, which it then records.
@@ -70,6 +70,9 @@ def check_changes(
             problem = "" if has_digests else line
         elif key == "loras":
             is_same = has_digests and _scales(ours) == _scales(theirs)
+            problem = "" if is_same else line
+        elif key == "embeddings":
+            is_same = has_digests and len(ours.embeddings) == len(theirs.embeddings)
             problem = "" if is_same else line
         elif key == NUM_INV_STEPS and has_samples:
             problem = (

@@ -1,4 +1,4 @@
-"""What a run reads: digests of its clip's frames, its model's files and its LoRAs.
+"""What a run reads: digests of its clip's frames, its model's files, its LoRAs and embeddings.
 
 They are kept in `inputs.json`.
 """
@@ -69,11 +69,13 @@ class Inputs:
         clip: Its clip.
         model: The files of its base model, by their names in its folder.
         loras: Its LoRAs, in the order of its settings.
+        embeddings: Its embeddings, in that order.
     """
 
     clip: ClipDigest
     model: dict[str, FileDigest]
     loras: tuple[FileDigest, ...] = ()
+    embeddings: tuple[FileDigest, ...] = ()
 
     def to_tree(self) -> dict[str, Any]:
         """Return it as it is written. What a run does not have is not there."""

@@ -169,6 +169,7 @@ class Run:
             self._clip_digest,
             self._model_digests.result(),
             loras=tuple(digest for _, digest in self.found_loras),
+            embeddings=tuple(digest for _, digest in self.found_embeddings),
         )
         text = dump_config(with_fps(self.config, self.fps))
         with atomic_write(self.config_file) as path:
@@ -260,7 +261,7 @@ class Run:
         return make_mesh(asdict(self.config.mesh), frames=frames)
 
     def load_base(self) -> Model:
-        """Return the base model with its LoRAs, sharded over the mesh.
+        """Return the base model with the run's LoRAs and embeddings, sharded over the mesh.
 
         Trained parameters are float32.
         """
@@ -278,6 +279,7 @@ class Run:
             key=jax.random.key(config.seed),
             variant=config.variant,
             loras=[*loras, *self._added()],
+            embeddings=[path for path, _ in self.found_embeddings],
         )
         if self.recorded and self._model_digests:
             now = self._model_digests.result()
@@ -295,8 +297,15 @@ class Run:
         recorded = self.recorded.loras if self.recorded else None
         return find_additions("loras", paths, recorded, self._lora_dir, self.folder)
 
+    @cached_property
+    def found_embeddings(self) -> list[tuple[Path, FileDigest]]:
+        """Return the files of the run's embeddings as `found_loras` does."""
+        recorded = self.recorded.embeddings if self.recorded else None
+        paths = self.config.embeddings
+        return find_additions("embeddings", paths, recorded, self._lora_dir, self.folder)
+
     def use_lora_dir(self, folder: str) -> None:
-        """Look for the run's LoRAs in a folder, where they are known by their digests."""
+        """Look for the run's LoRAs and embeddings in a folder, by their digests."""
         self._lora_dir = Path(folder).expanduser()
 
     def add_loras(self, loras: Sequence[LoraFile]) -> None:
@@ -396,9 +405,9 @@ class Run:
             except UserError:
                 return
 
-    def check_loras(self) -> None:
-        """Raise `UserError` if the run's LoRAs are not where they were, or are others."""
-        _ = self.found_loras
+    def check_additions(self) -> None:
+        """Raise `UserError` if LoRAs or embeddings are not where they were, or are others."""
+        _ = self.found_loras, self.found_embeddings
 
     def use_model(self, path: str) -> None:
         """Load the base model from another place.

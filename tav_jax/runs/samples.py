@@ -27,7 +27,7 @@ Frames = UInt8[np.ndarray, "f H W 3"]
 
 
 # What a record says that lacks a key.
-UNSET = {"sampler": "ddim", "loras": []}
+UNSET = {"sampler": "ddim", "loras": [], "prompt_syntax": "plain"}
 
 # File names, without suffix, that are not given to samples.
 SHEET, BESIDE = "contact-sheet", "side-by-side"
@@ -100,9 +100,12 @@ class Sample:
     def to_record(self) -> dict[str, Any]:
         """Return a flat dictionary, which is written as JSON beside the video."""
         record = to_plain(asdict(self))
-        if not record["loras"]:
-            del record["loras"]  # as in the records of earlier versions
-        return record | record.pop("settings")
+        record |= record.pop("settings")
+        # As in the records of earlier versions.
+        for name in ("loras", "prompt_syntax"):
+            if record[name] == UNSET[name]:
+                del record[name]
+        return record
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], where: str = "record") -> "Sample":
@@ -133,7 +136,7 @@ class Record(SamplingSettings):
 
 def default_sample(config: TuneConfig, step: int) -> Sample:
     """Return a sample with a run's own settings and an empty prompt."""
-    settings = config.validation_data.sampling_settings()
+    settings = config.validation_data.sampling_settings(config.prompt_syntax)
     return Sample(prompt="", step=step, seed=config.seed, settings=settings)
 
 

@@ -193,10 +193,13 @@ def test_the_dump_is_complete():
     tree = yaml.safe_load(dump_config(parse_config(SMALLEST)))
     names = [field.name for field in fields(TuneConfig)]
     assert list(tree) == [name for name in names if name not in UNSET], "as in earlier versions"
-    every = parse_config(SMALLEST | {"loras": ["a.safetensors"]})
+    every = parse_config(
+        SMALLEST | {"loras": ["a.safetensors"], "embeddings": ["b.pt"], "prompt_syntax": "weighted"}
+    )
     assert list(yaml.safe_load(dump_config(every))) == names
     assert list(tree["train_data"]) == [field.name for field in fields(TrainData)]
-    assert list(tree["validation_data"]) == [field.name for field in fields(ValidationData)]
+    names = [field.name for field in fields(ValidationData)]
+    assert list(tree["validation_data"]) == [name for name in names if name != "prompt_syntax"]
 
 
 @pytest.mark.parametrize(
@@ -495,6 +498,7 @@ def _another(settings, field):
         "video_format": "gif",
         "fps": 12.0,
         "loras": (LoraFile("another"),),
+        "prompt_syntax": "weighted",
     }
     value = getattr(settings, field.name)
     if field.name in choices:

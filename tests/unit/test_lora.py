@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import zipfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,6 +178,10 @@ def test_metadata_of_peft_is_read(factors, tmp_path):
     assert scale(**{"unet.alpha_pattern": {"n1.to_q": 8}}) == pytest.approx(0.25)
     for wrong, message in (
         ({"unet.lora_alpha": "many"}, "lora_alpha is 'many', no number"),
+        ({"unet.lora_alpha": 10**400}, "lora_alpha is a number of 1329 bits, no number"),
+        ({"unet.lora_alpha": True}, "lora_alpha is True, no number"),
+        ({"unet.lora_alpha": float("nan")}, "lora_alpha is nan, no number"),
+        ({"unet.alpha_pattern": {"to_q": []}}, r"lora_alpha is \[\], no number"),
         ({"unet.use_dora": True}, "DoRA is not supported"),
     ):
         with pytest.raises(UserError, match=f"x.safetensors: .*{message}"):
@@ -392,6 +397,20 @@ def test_a_pickled_file_of_pytorch_is_read(factors, tmp_path):
         np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-6)
     for key, value in changes([(tmp_path / "half.bin", 1.0)]).items():
         np.testing.assert_allclose(value, expected[key], atol=0.1)
+
+
+def test_a_file_that_is_changed_is_read_or_refused(factors, tmp_path):
+    content = write(tmp_path / "good.safetensors", *peft(factors)).read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    rng = np.random.default_rng(0)
+    path = tmp_path / "x.safetensors"
+    for case in range(150):
+        changed = bytearray(content[: rng.integers(1, len(content))] if case % 5 == 0 else content)
+        for place in rng.integers(min(header, len(changed)), size=rng.integers(1, 4)):
+            changed[place] = rng.integers(256)
+        path.write_bytes(changed)
+        with suppress(UserError):
+            changes([(path, 1.0)])
 
 
 def test_no_lora_reads_no_shapes():
