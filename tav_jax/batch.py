@@ -22,7 +22,8 @@ A plan in YAML asks for every prompt and seed of every run:
     prompts: ["a panda, cartoon style", "at sunset"]
     seeds: [0, 1]            # optional; by default each run's own seed
     guidance_scale: 12.5     # optional, like negative_prompt, num_inference_steps,
-    eta: 1.0                 # num_inv_steps, sampler, and use_inv_latent: false for random noise
+    eta: 1.0                 # num_inv_steps, sampler, prompt_syntax, and use_inv_latent:
+                             # false for random noise
 
 A plan in CSV asks for one video per line. It has the columns run and prompt, and any of seed and
 the settings above.
@@ -54,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
         "--model", metavar="DIR", help="the runs' base model, if it has moved (compared by digest)"
     )
     parser.add_argument(
+        "--lora-dir",
+        metavar="DIR",
+        help="the runs' LoRAs and embeddings, if they have moved (found by digest)",
+    )
+    parser.add_argument(
         "--manifest", type=Path, metavar="FILE", help="default: PLAN.manifest.jsonl beside the plan"
     )
     return parser
@@ -68,8 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("--batch-size", BatchSize, args.batch_size),
         ("--workers", BatchSize, args.workers),
         ("--model", PathText, args.model),
+        ("--lora-dir", PathText, args.lora_dir),
     )
-    jobs = plan_jobs(read_plan(args.plan), args.model)
+    jobs = plan_jobs(read_plan(args.plan), args.model, args.lora_dir)
     manifest = args.manifest or args.plan.with_suffix(".manifest.jsonl")
     if place := first_unwritable_parent(manifest.absolute().parent):
         raise UserError(f"--manifest: {place} is not writable; name another file")
@@ -83,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments = [str(args.plan), "--batch-size", str(args.batch_size)]
         arguments += ["--manifest", str(manifest)]
         arguments += ["--model", args.model] if args.model is not None else []
+        arguments += ["--lora-dir", args.lora_dir] if args.lora_dir is not None else []
         failed = run_workers(arguments, worker_environments(workers, *devices_here()))
         written = wanted - sum(len(missing_samples(job)) for job in jobs)
     else:

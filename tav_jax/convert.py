@@ -59,6 +59,11 @@ def _parser() -> Parser:
     parser.add_argument(
         "--model", metavar="DIR", help="the base model, if it has moved (compared by digest)"
     )
+    parser.add_argument(
+        "--lora-dir",
+        metavar="DIR",
+        help="the run's LoRAs and embeddings, if they have moved (found by digest)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     hub = parser.add_argument_group("instead of OUT, upload to the Hub, with a model card")
     hub.add_argument("--push", metavar="USER/NAME", help="the repository, created if there is none")
@@ -123,8 +128,7 @@ def push(args: Namespace) -> None:
     if not args.dry_run:
         say(f"logged in to the Hub as {check_login()}")
     with opened_run(args.source) as run, tempfile.TemporaryDirectory() as temporary:
-        if args.model is not None:
-            run.use_model(args.model)
+        use_moved_files(run, args)
         folder = Path(temporary) / "model"
         folder.mkdir()
         write_publication(
@@ -160,11 +164,18 @@ def opened_run(source: str) -> Iterator[Run]:
         yield unpack_adapter(find_adapter(source), Path(temporary) / "run")
 
 
+def use_moved_files(run: Run, args: Namespace) -> None:
+    """Let a run find its base model, LoRAs and embeddings where the arguments say."""
+    if args.model is not None:
+        run.use_model(args.model)
+    if args.lora_dir is not None:
+        run.use_lora_dir(args.lora_dir)
+
+
 def convert_run(run: Run, args: Namespace) -> None:
     """Write what the arguments ask for of a run."""
     output, step = args.output, run.find_step(args.step)
-    if args.model is not None:
-        run.use_model(args.model)
+    use_moved_files(run, args)
     if args.to == "adapter":
         count = write_adapter(run, output, step=step, dtype=args.dtype, latents=not args.no_latents)
         size = megabytes(float(output.stat().st_size))
@@ -175,6 +186,11 @@ def convert_run(run: Run, args: Namespace) -> None:
         with atomic_folder(output) as partial:
             save_unet(partial, unet)
         say(f"wrote {output}: the U-Net of step {step}")
+        if run.config.loras or run.config.embeddings:
+            say(
+                "note: it has the run's LoRAs in it, but not what they add to the text encoder, "
+                "nor embeddings"
+            )
     else:
         write_pipeline(run, output, step)
         say(f"wrote {output}: the model of step {step} as the published Tune-A-Video writes it")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from einops import rearrange
 from jax import Array
 from jaxtyping import Float, Int, UInt8
 
@@ -38,8 +39,10 @@ from tav_jax.parallel.sharding import (
     shard,
     video_sharding,
 )
-from tav_jax.pretrained.model import Model, tokenize
+from tav_jax.pretrained.model import Model
+from tav_jax.pretrained.prompts import count_chunks, prompt_tokens
 from tav_jax.progress import progress_bar
+from tav_jax.settings import PromptSyntax
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
 from tav_jax.training.train_step import TrainState, init_state, train_step
 from tav_jax.types import Context, Latents, Moments, PixelValues, PRNGKey, Scalar
@@ -127,9 +130,44 @@ def _run(
     return sampler.latents(state)
 
 
-def encode_prompts(model: Model, prompts: Sequence[str]) -> Context:
-    """Return the text states of each prompt; one that is too long is cut, with a warning."""
-    return _encode_text(model.text_encoder, tokenize(model, prompts))
+def encode_prompts(
+    model: Model, prompts: Sequence[str], *, syntax: PromptSyntax = "plain", chunks: int = 1
+) -> Context:
+    """Return the text states of each prompt.
+
+    Chunks are encoded one by one and joined along the tokens. Weights are applied as by
+    AUTOMATIC1111's web UI: states are multiplied by their tokens' weights, and then each chunk is
+    scaled so that the mean of its states is what it was. (compel moves states away from those of
+    the prompt without the token.)
+
+    Args:
+        model: The model.
+        prompts: The prompts.
+        syntax: "plain" cuts a prompt of more than one chunk, with a warning. "weighted" reads
+            weights and prompts of any length, see `prompts.py`.
+        chunks: Number of chunks at least. Shorter prompts are filled up with empty chunks.
+
+    Raises:
+        UserError: A weight is larger than any that is supported, or weights cancel each other out.
+    """
+    ids, weights = prompt_tokens(model, prompts, syntax, chunks)
+    count = ids.shape[1]
+    states = _encode_text(model.text_encoder, rearrange(ids, "b n s -> (b n) s"))
+    if (weights != 1).any():
+        states = _weigh(states, rearrange(weights, "b n s -> (b n) s 1"))
+        if not np.isfinite(gather_to_host(states)).all():
+            raise UserError("the weights of a prompt cancel each other out; change one of them")
+    return states if count == 1 else rearrange(states, "(b n) s d -> b (n s) d", n=count)
+
+
+@jax.jit
+def _weigh(states: Context, weights: Float[Array, "b s 1"]) -> Context:
+    """Return states times weights, scaled to the mean that they had."""
+    weighted = states * weights
+    before, after = (one.mean((1, 2), keepdims=True) for one in (states, weighted))
+    # Chunks without weights stay the same to the bit, whatever they are encoded beside.
+    is_weighted = (weights != 1).any((1, 2), keepdims=True)
+    return jnp.where(is_weighted, weighted * (before / after), states)
 
 
 def encode_frames(model: Model, frames: UInt8[np.ndarray, "f H W 3"]) -> Moments:
@@ -200,6 +238,7 @@ def sample_latents(
     sampler: SamplerName = "ddim",
     eta: float = 0.0,
     seeds: Sequence[int] | None = None,
+    prompt_syntax: PromptSyntax = "plain",
     progress: bool = False,
 ) -> Latents:
     """Return the clean latents that guided sampling finds under each prompt, all in one batch.
@@ -216,6 +255,8 @@ def sample_latents(
             needs 50.
         eta: Share of noise in each DDIM step, from 0 to 1. Above 0 it is drawn from `seeds`.
         seeds: One for each prompt.
+        prompt_syntax: How the prompts are written, see `encode_prompts`. All are filled up to as
+            many chunks as the longest has, which changes the shorter ones' videos.
         progress: Show a progress bar.
 
     Raises:
@@ -224,10 +265,15 @@ def sample_latents(
     check_eta(sampler, eta)
     if len(latents) == 1:
         latents = jnp.repeat(latents, len(prompts), axis=0)
-    context = encode_prompts(model, prompts)
+    is_guided = guidance_scale > 1
+    chunks = count_chunks(
+        model, [*prompts, *([negative_prompt] if is_guided else [])], prompt_syntax
+    )
+    context = encode_prompts(model, prompts, syntax=prompt_syntax, chunks=chunks)
     negative_context = None
-    if guidance_scale > 1:
-        negative_context = jnp.broadcast_to(encode_prompts(model, [negative_prompt]), context.shape)
+    if is_guided:
+        negative = encode_prompts(model, [negative_prompt], syntax=prompt_syntax, chunks=chunks)
+        negative_context = jnp.broadcast_to(negative, context.shape)
     noise: tuple = ()
     if eta > 0:
         if seeds is None or len(seeds) != len(prompts):
@@ -285,6 +331,7 @@ def tune_clip(
     learning_rate: float = 3e-5,
     trainable_modules: Sequence[str] = TRAINABLE_MODULES,
     key: PRNGKey | None = None,
+    prompt_syntax: PromptSyntax = "plain",
     progress: bool = False,
 ) -> Model:
     """Return the model tuned on one captioned clip (Wu et al. 2023, section 3.2).
@@ -299,6 +346,7 @@ def tune_clip(
         learning_rate: Constant learning rate of AdamW.
         trainable_modules: Names of the modules to train.
         key: Source of all randomness. The default is `jax.random.key(0)`.
+        prompt_syntax: How the prompt is written, see `encode_prompts`.
         progress: Show a progress bar.
     """
     labels = label_params(model.unet.params, trainable_modules)
@@ -307,7 +355,8 @@ def tune_clip(
     # The step donates its state, and the caller's parameters are not ours to give away.
     unet = jax.tree.map(jnp.copy, model.unet)
     state = shard(init_state(unet, optimizer, jax.random.key(0) if key is None else key))
-    moments, context = encode_frames(model, frames), encode_prompts(model, [prompt])
+    moments = encode_frames(model, frames)
+    context = encode_prompts(model, [prompt], syntax=prompt_syntax)
     with progress_bar("tuning", total=max_train_steps, show=progress) as bar:
         for _ in range(max_train_steps):
             state, _ = step(state, moments, context, model.schedule)
@@ -323,6 +372,7 @@ def edit_clip(
     negative_prompt: str = "",
     guidance_scale: float = 12.5,
     num_inference_steps: int = 50,
+    prompt_syntax: PromptSyntax = "plain",
     progress: bool = False,
 ) -> UInt8[np.ndarray, "p f H W 3"]:
     """Return a video for each prompt, with the clip's motion (Wu et al. 2023, section 3.3).
@@ -336,6 +386,7 @@ def edit_clip(
         negative_prompt: What they are not to show.
         guidance_scale: Weight of the guidance. At 1 or below there is none.
         num_inference_steps: Number of steps of the inversion, and of sampling.
+        prompt_syntax: See `sample_latents`.
         progress: Show progress bars.
     """
     noise = invert_latents(
@@ -351,6 +402,7 @@ def edit_clip(
         negative_prompt=negative_prompt,
         guidance_scale=guidance_scale,
         num_inference_steps=num_inference_steps,
+        prompt_syntax=prompt_syntax,
         progress=progress,
     )
     return to_frames(gather_to_host(decode_latents(model, latents)))

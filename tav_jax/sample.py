@@ -12,13 +12,21 @@ from tav_jax.diffusion.samplers import SamplerName
 from tav_jax.errors import UserError
 from tav_jax.reading import read_text
 from tav_jax.runs.adapters import find_adapter, unpack_adapter
-from tav_jax.runs.config import parse_mesh
+from tav_jax.runs.config import LoraFile, parse_mesh
 from tav_jax.runs.render import sample_run
-from tav_jax.runs.samples import Sample, check_number_of_videos, plan_samples
+from tav_jax.runs.samples import Sample, check_number_of_videos, plan_samples, record_loras
 from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings
-from tav_jax.settings import BatchSize, PathText, Text, WrongSettingsError, parse, wrong_option
+from tav_jax.settings import (
+    BatchSize,
+    PathText,
+    PromptSyntax,
+    Text,
+    WrongSettingsError,
+    parse,
+    wrong_option,
+)
 from tav_jax.stopping import advise, start_job
-from tav_jax.text import SURROGATE, brief
+from tav_jax.text import SURROGATE, brief, shorten
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -47,6 +55,19 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
+def _lora(text: str) -> LoraFile:
+    path, _, scale = text.rpartition("=")
+    try:
+        # A path may have the sign, too.
+        tree = {"path": path, "scale": float(scale)} if path else {"path": text}
+    except ValueError:
+        tree = {"path": text}
+    try:
+        return parse(LoraFile, tree, "--lora")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(shorten(str(error).split(":", 1)[1])) from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m tav_jax.sample",
@@ -70,11 +91,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-inference-steps", type=int, metavar="N")
     parser.add_argument("--num-inv-steps", type=int, metavar="N")
     parser.add_argument("--sampler", choices=get_args(SamplerName), help="dpm_solver: 20 steps do")
+    parser.add_argument(
+        "--prompt-syntax",
+        choices=get_args(PromptSyntax),
+        help="weighted: (word:1.3), and prompts of any length",
+    )
     parser.add_argument("--eta", type=float, help="noise of each DDIM step, 0 to 1")
     parser.add_argument("--random-noise", action="store_true", help="do not start from the clip")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=_lora,
+        metavar="FILE[=SCALE]",
+        help="add a LoRA to the tuned model, repeatable",
+    )
     parser.add_argument("--output-dir", metavar="DIR", help="default: RUN_DIR/samples/sample-STEP")
     parser.add_argument(
         "--model", metavar="DIR", help="the run's base model, if it has moved (compared by digest)"
+    )
+    parser.add_argument(
+        "--lora-dir",
+        metavar="DIR",
+        help="the run's LoRAs and embeddings, if they have moved (found by digest)",
     )
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="prompts at a time")
     parser.add_argument(
@@ -96,6 +135,7 @@ def _check(args: argparse.Namespace, given: dict[str, Any]) -> None:
     for option in (
         ("--batch-size", BatchSize, args.batch_size),
         ("--model", PathText, args.model),
+        ("--lora-dir", PathText, args.lora_dir),
     ):
         if problem := wrong_option(*option):
             problems.append(problem)
@@ -124,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("\n".join(wrong[:5]))
     check_number_of_videos(len(prompts) * len(args.seeds or [0]), "--prompts, --seeds")
 
+    loras = record_loras(args.lora)
+
     if args.adapter is not None:
         adapter = find_adapter(args.adapter)
         args.run = args.run or str(Path("outputs") / adapter.stem)
@@ -132,7 +174,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def make_samples(default: Sample) -> list[Sample]:
         changes = given | ({"num_inv_steps": None} if args.random_noise else {})
         settings = default.settings.with_changes(changes, f"--run {args.run}")
-        default = replace(default, settings=settings, name_seed=args.seeds is not None)
+        name_seed = args.seeds is not None
+        default = replace(default, settings=settings, name_seed=name_seed, loras=loras)
         seeds = args.seeds or [default.seed]
         return [
             replace(default, prompt=prompt, seed=seed)
@@ -149,6 +192,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if args.model is not None:
         job.run.use_model(args.model)
+    if args.lora_dir is not None:
+        job.run.use_lora_dir(args.lora_dir)
+    job.run.add_loras(args.lora)
     if args.mesh:
         job.run.config = replace(job.run.config, mesh=parse_mesh(args.mesh))
     sample_run(job, batch_size=args.batch_size)

@@ -10,7 +10,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pydantic import (
     AfterValidator,
@@ -68,6 +78,8 @@ GuidanceScale = Annotated[Number, Field(ge=0, le=1000)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Decay = Annotated[Number, Field(ge=0, lt=1)]
 Rate = Annotated[Number, Field(ge=1e-12, le=1000)]  # 0 would learn nothing
+PromptSyntax: TypeAlias = Literal["plain", "weighted"]
+LoraScale = Annotated[Number, Field(ge=-100, le=100)]
 Positive = Annotated[Number, Field(gt=0)]
 Fps = Annotated[Number, Field(ge=0.1, le=1000)]
 Text = Annotated[str, Field(max_length=10_000)]
@@ -296,4 +308,4 @@ def to_plain(value: Any) -> Any:
     """Return nested dictionaries with every tuple as a list, as YAML writes it."""
     if isinstance(value, dict):
         return {key: to_plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [to_plain(item) for item in value] if isinstance(value, tuple) else value

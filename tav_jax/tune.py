@@ -128,6 +128,7 @@ def tune_all(configs: Sequence[TuneConfig]) -> None:
         try:
             run = Run.create(with_absolute_paths(config))
             run.clip()
+            run.check_additions()
             with lock_run(run.folder):
                 pass
         except UserError as error:

@@ -4,7 +4,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ from tav_jax.models.vae import AutoencoderKL, VAEConfig
 from tav_jax.pretrained import configs as published_config
 from tav_jax.pretrained import weights
 from tav_jax.pretrained.hub import WEIGHT_STEMS, find_folder
+from tav_jax.pretrained.lora import Lora, change_of, read_loras
+from tav_jax.pretrained.textual_inversion import add_embeddings, read_embeddings
 from tav_jax.reading import read_json, require_file
 from tav_jax.text import shorten
 from tav_jax.types import PRNGKey
@@ -40,13 +42,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """A text-to-video model: a tokenizer, three networks with parameters, and a noise schedule."""
+    """A text-to-video model: a tokenizer, three networks with parameters, and a noise schedule.
+
+    Args:
+        tokenizer: The tokenizer.
+        text_encoder: CLIP's text encoder.
+        vae: The autoencoder.
+        unet: The U-Net.
+        schedule: The noise schedule.
+        words: Token ids for which a learnt word stands in a prompt, by the word's own id.
+    """
 
     tokenizer: "CLIPTokenizer"
     text_encoder: Network[CLIPTextModel]
     vae: Network[AutoencoderKL]
     unet: Network[UNet3DConditionModel]
     schedule: NoiseSchedule
+    words: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     def with_unet(self, unet: Network[UNet3DConditionModel]) -> "Model":
         """Return the same model with another U-Net."""
@@ -64,6 +76,8 @@ def load_model(
     key: PRNGKey | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
+    embeddings: Sequence[str | Path] = (),
 ) -> Model:
     """Return a Stable Diffusion model with its U-Net inflated to frames.
 
@@ -82,11 +96,14 @@ def load_model(
         revision: Branch, tag or commit on the Hub.
         variant: Variant of the weight files, such as "fp16". None: the plain files or, if there
             are none, fp16.
+        loras: LoRAs to add to the text encoder and the U-Net, each a file and its scale.
+        embeddings: Files of words that were learnt by textual inversion.
 
     Raises:
         MissingFileError: there is no such folder, and no such id on the Hub or in its cache, or
             the folder is incomplete.
-        UserError: a config is unsupported, or the weights do not fit it.
+        UserError: a config is unsupported, or the weights do not fit it, or a LoRA or an
+            embedding does not.
     """
     folder = find_folder(pretrained_model_path, revision=revision, variant=variant)
     parts = (*WEIGHT_STEMS, *CONFIG_NAMES)
@@ -104,9 +121,16 @@ def load_model(
         weights.find_files(folder / part, stem, variant)
     tokenizer = load_tokenizer(folder / "tokenizer")
     _check_parts_match(folder, tokenizer, text_config, vae_config, unet_config)
+    learnt = read_embeddings(embeddings, tokenizer, text_config.hidden_size)
+    added = read_loras(loras, text_config, unet_config)
+    text_encoder, words = add_embeddings(
+        tokenizer,
+        load_text_encoder(folder / "text_encoder", dtype=dtype, variant=variant, loras=added),
+        learnt,
+    )
     model = Model(
         tokenizer,
-        load_text_encoder(folder / "text_encoder", dtype=dtype, variant=variant),
+        text_encoder,
         load_vae(folder / "vae", dtype=dtype, variant=variant),
         load_unet(
             folder / "unet",
@@ -114,8 +138,10 @@ def load_model(
             float32_modules=float32_modules,
             key=key,
             variant=variant,
+            loras=added,
         ),
         schedule,
+        words,
     )
     unet = model.unet.with_config(attention_scope=attention_scope)
     unet = unet.with_compute(
@@ -208,9 +234,13 @@ def _is_not_about_pytorch(record: logging.LogRecord) -> bool:
 
 
 def load_text_encoder(
-    folder: Path, *, dtype: str = "float32", variant: str | None = None
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    variant: str | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Network[CLIPTextModel]:
-    """Return CLIP's text encoder from its folder."""
+    """Return CLIP's text encoder from its folder, with LoRAs added to it."""
     config = published_config.read_text_config(_read_config(folder), f"{folder}/config.json")
 
     def rename(name: str) -> str:
@@ -218,7 +248,16 @@ def load_text_encoder(
         return name if name.startswith("text_model.") else f"text_model.{name}"
 
     stem = WEIGHT_STEMS["text_encoder"]
-    return load_network(CLIPTextModel, config, folder, stem, variant, dtype, rename=rename)
+    return load_network(
+        CLIPTextModel,
+        config,
+        folder,
+        stem,
+        variant,
+        dtype,
+        rename=rename,
+        change_of=change_of([lora.text_encoder for lora in loras]),
+    )
 
 
 def load_vae(
@@ -236,6 +275,7 @@ def load_unet(
     float32_modules: Sequence[str] = (),
     key: PRNGKey | None = None,
     variant: str | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Network[UNet3DConditionModel]:
     """Return the U-Net from its folder. An image U-Net is inflated to a 3D one.
 
@@ -245,6 +285,7 @@ def load_unet(
         float32_modules: See `load_model`.
         key: See `load_model`.
         variant: See `load_model`.
+        loras: What is added to it, as `read_loras` gives it.
     """
     published = _read_config(folder)
     config = published_config.read_unet_config(published, f"{folder}/config.json")
@@ -259,6 +300,7 @@ def load_unet(
         dtype,
         dtype_of=dtype_of,
         may_lack=weights.TEMPORAL if is_image_unet else (),
+        change_of=change_of([lora.unet for lora in loras]),
     )
     shapes = parameter_shapes(UNet3DConditionModel, unet.config)
     key = jax.random.key(0) if key is None else key
@@ -285,6 +327,8 @@ def save_model(
     folder: str | Path, model: Model, scheduler: Mapping[str, Any], *, is_tuned: bool = False
 ) -> None:
     """Write a model to a folder in the Hub's layout, each tensor in the type it is stored in.
+
+    The vocabulary has learnt words, but of a word of several vectors it has separate tokens.
 
     Args:
         folder: Folder to write. It need not exist.
@@ -325,17 +369,40 @@ def tokenize(model: Model, prompts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
 
     Longer prompts are cut, with a warning that quotes the lost part.
     """
-    return pad_tokens(model.tokenizer, prompts, model.text_encoder.config.max_position_embeddings)
+    length = model.text_encoder.config.max_position_embeddings
+    if not model.words:
+        return pad_tokens(model.tokenizer, prompts, length)
+    rows = []
+    for prompt in prompts:
+        ids = token_ids(model, prompt)
+        if len(ids) + 2 > length:
+            _warn_of_cut(model.tokenizer, len(ids) + 2, length, ids[length - 2 :])
+        rows.append(frame_tokens(model.tokenizer, ids[: length - 2], length))
+    return np.asarray(rows, np.int32)
+
+
+def token_ids(model: Model, text: str) -> list[int]:
+    """Return the ids of a text's tokens, without its beginning and end."""
+    ids = model.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return [token for one in ids for token in model.words.get(one, (one,))]
+
+
+def frame_tokens(tokenizer: Any, ids: Sequence[int], length: int) -> list[int]:
+    """Return a row of ids with beginning and end, padded to `length`."""
+    row = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    return row + [tokenizer.pad_token_id] * (length - len(row))
+
+
+def _warn_of_cut(tokenizer: Any, count: int, length: int, lost: Sequence[int]) -> None:
+    text = tokenizer.decode(lost)
+    warnings.warn(f"prompt of {count} tokens, {length} are read; cut off: '{text}'", stacklevel=4)
 
 
 def pad_tokens(tokenizer: Any, prompts: Sequence[str], length: int) -> Int32[np.ndarray, "b s"]:
     """Return token ids, padded to `length`. Longer prompts are cut, with a warning."""
     for ids in tokenizer(list(prompts), verbose=False).input_ids:
         if len(ids) > length:
-            lost = tokenizer.decode(ids[length - 1 : -1])
-            warnings.warn(
-                f"prompt of {len(ids)} tokens, {length} are read; cut off: '{lost}'", stacklevel=3
-            )
+            _warn_of_cut(tokenizer, len(ids), length, ids[length - 1 : -1])
     padded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
     return np.asarray(padded.input_ids, np.int32)
 
@@ -351,6 +418,7 @@ def load_network(
     dtype_of: Callable[[str], str] | None = None,
     may_lack: tuple[str, ...] = (),
     rename: Callable[[str], str] = str,
+    change_of: Callable[[str], np.ndarray | None] = lambda name: None,
 ) -> Network:
     """Return a network with the weights of a folder.
 
@@ -367,6 +435,7 @@ def load_network(
         dtype_of: The type in which a parameter of that name is stored. None: `dtype` for all.
         may_lack: Modules whose weights may be missing.
         rename: Gives the published name of a tensor of the files.
+        change_of: See `weights.merge`.
     """
     where = str(folder)
     shapes = parameter_shapes(module_class, config)
@@ -381,6 +450,7 @@ def load_network(
         dtype_of=dtype_of or (lambda name: dtype),
         where=where,
         may_lack=may_lack,
+        change_of=change_of,
     )
     return Network(module_class, config, params, ComputeOptions(dtype=dtype))
 

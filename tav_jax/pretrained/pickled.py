@@ -53,6 +53,23 @@ def read_pickled(path: Path) -> dict[str, np.ndarray]:
         path: A file that `torch.save` has written, since PyTorch 1.6.
 
     Raises:
+        UserError: It is no such file, is damaged, or has or asks for anything but tensors.
+    """
+    tensors = read_tree(path)
+    if not all(
+        isinstance(name, str) and isinstance(value, np.ndarray) for name, value in tensors.items()
+    ):
+        raise UserError(f"{path}: not a file of plain tensors; is it a whole training's state?")
+    return dict(tensors)
+
+
+def read_tree(path: Path) -> Mapping[Any, Any]:
+    """Return the dictionary of a file, of tensors and of Python's own plain values.
+
+    Args:
+        path: As `read_pickled` takes it.
+
+    Raises:
         UserError: It is no such file, is damaged, or asks for anything but tensors.
     """
     require_file(path)
@@ -75,7 +92,7 @@ def read_pickled(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: not a file of plain tensors ({reason})") from None
 
 
-def _read_archive(path: Path, content: mmap.mmap) -> dict[str, np.ndarray]:
+def _read_archive(path: Path, content: mmap.mmap) -> Mapping[Any, Any]:
     entries = _entries(path, content)
     roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
     if len(roots) != 1:
@@ -100,12 +117,10 @@ def _read_archive(path: Path, content: mmap.mmap) -> dict[str, np.ndarray]:
         return np.frombuffer(content, dtype, numel, place.start) if numel else np.empty(0, dtype)
 
     text = io.BytesIO(content[pickled.start : pickled.stop])
-    tensors = _Unpickler(text, path, storage).load()
-    if not isinstance(tensors, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, np.ndarray) for name, value in tensors.items()
-    ):
+    tree = _Unpickler(text, path, storage).load()
+    if not isinstance(tree, Mapping):
         raise UserError(f"{path}: not a file of plain tensors; is it a whole training's state?")
-    return dict(tensors)
+    return tree
 
 
 def _entries(path: Path, content: mmap.mmap) -> dict[str, range]:

@@ -104,6 +104,7 @@ def merge(
     dtype_of: Callable[[str], str] = lambda name: "float32",
     where: str = "checkpoint",
     may_lack: tuple[str, ...] = (),
+    change_of: Callable[[str], np.ndarray | None] = lambda name: None,
 ) -> Params:
     """Return a network's parameters from a checkpoint's tensors.
 
@@ -114,6 +115,8 @@ def merge(
         dtype_of: The type in which a parameter of that name is stored.
         where: What messages call the checkpoint.
         may_lack: Modules whose parameters need not be there.
+        change_of: Returns what is added to a parameter of that name before it is cast, in its
+            layout here, or None.
 
     Raises:
         UserError: tensors are missing, left over or of other shapes, of which all are listed. Or
@@ -138,7 +141,7 @@ def merge(
                 continue
             if tensor.dtype.name not in INFINITIES:
                 raise UserError(f"{where}: {published_name}: {tensor.dtype} is no type of weights")
-            converted = pool.submit(_convert, published_name, tensor, dtype_of(name))
+            converted = pool.submit(_convert, published_name, tensor, dtype_of(name), change_of)
             waiting.append((name, published_name, converted))
             if len(waiting) > CONVERTERS:
                 take_first()
@@ -151,9 +154,16 @@ def merge(
     return params
 
 
-def _convert(published_name: str, tensor: np.ndarray, dtype: str) -> tuple[Array, bool]:
+def _convert(
+    published_name: str,
+    tensor: np.ndarray,
+    dtype: str,
+    change_of: Callable[[str], np.ndarray | None],
+) -> tuple[Array, bool]:
     """Return a tensor as a parameter, and whether all its numbers are finite."""
-    _, value = to_parameter(published_name, tensor)
+    name, value = to_parameter(published_name, tensor)
+    if (change := change_of(name)) is not None:
+        value = value.astype(np.float32) + change
     # `device_put` transposes a view two to three times faster than `jnp.asarray`.
     return jax.device_put(value.astype(dtype, copy=False)), is_finite(tensor)
 
@@ -330,15 +340,21 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(
+    path: Path, *, any_type: Callable[[str], bool] = IGNORED.__contains__
+) -> dict[str, Stored]:
     """Return the names, types and shapes of the tensors of a `.safetensors` file.
+
+    Args:
+        path: The file.
+        any_type: Tells whether a tensor of that name may have another type than weights.
 
     Raises:
         UserError: The file is damaged, has a name twice, or a tensor of a type that is no weight's.
     """
     tensors = parse_header(path)
     for name, one in tensors.items():
-        if one.dtype not in WEIGHT_TYPES and name not in IGNORED:
+        if one.dtype not in WEIGHT_TYPES and not any_type(name):
             raise UserError(
                 f"{path}: {shorten(name, 150)} has the type {shorten(one.dtype, 20)}; weights are "
                 f"{', '.join(WEIGHT_TYPES)}"
@@ -365,6 +381,22 @@ def parse_header(path: Path) -> dict[str, Stored]:
         if "is there twice" in str(error):
             raise
         raise _damaged(path, shorten(str(error), 100)) from None
+
+
+def read_safetensors(
+    path: Path, *, any_type: Callable[[str], bool] = IGNORED.__contains__
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return all tensors of a `.safetensors` file, and its metadata.
+
+    Arguments and errors are those of `read_header`.
+    """
+    read_header(path, any_type=any_type)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise _damaged(path, error) from None
 
 
 def stored_shapes(files: Iterable[Path]) -> Iterator[tuple[str, tuple[int, ...]]]:

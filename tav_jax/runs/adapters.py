@@ -8,28 +8,27 @@ too; then the clip is not needed for editing.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from safetensors.numpy import save_file
 
 import tav_jax
 from tav_jax.digests import sha256
 from tav_jax.errors import MissingFileError, UserError
 from tav_jax.files import atomic_write
-from tav_jax.pretrained.weights import is_finite, read_header, to_parameter, to_tensor
+from tav_jax.pretrained.weights import is_finite, read_safetensors, to_parameter, to_tensor
 from tav_jax.reading import parse_json, read_json, why_not_a_file
-from tav_jax.runs.config import TuneConfig, dump_config, parse_config
+from tav_jax.runs.config import TuneConfig, config_tree, dump_config, parse_config
 from tav_jax.runs.inputs import Inputs, write_inputs
 from tav_jax.runs.inversions import read_inversion, write_inversion
 from tav_jax.runs.lock import is_empty, lock_run
 from tav_jax.runs.run import Run
-from tav_jax.settings import parse, to_plain
+from tav_jax.settings import parse
 from tav_jax.text import shorten
 from tav_jax.training.checkpoints import remove_unfinished, save_items
 from tav_jax.types import Params
@@ -118,10 +117,10 @@ def save_adapter(adapter: Adapter, path: Path, *, dtype: str = "float32") -> int
         "tav.caption": config.train_data.prompt,
         "tav.frames": str(config.train_data.n_sample_frames),
         "tav.base_model": config.pretrained_model_path,
-        "tav.config": json.dumps(to_plain(asdict(config)), ensure_ascii=False),
+        "tav.config": json.dumps(config_tree(config), ensure_ascii=False),
     }
     if inputs is not None:
-        metadata["tav.inputs"] = json.dumps(asdict(inputs))
+        metadata["tav.inputs"] = json.dumps(inputs.to_tree())
     with atomic_write(path) as partial:
         save_file(tensors, partial, metadata)
         partial.chmod(0o644)  # safetensors lets only the owner read it
@@ -140,6 +139,8 @@ def portable(config: TuneConfig) -> TuneConfig:
         pretrained_model_path=name(config.pretrained_model_path),
         train_data=replace(config.train_data, video_path=name(config.train_data.video_path)),
         resume_from_checkpoint=None,
+        loras=tuple(replace(lora, path=name(lora.path)) for lora in config.loras),
+        embeddings=tuple(map(name, config.embeddings)),
     )
 
 
@@ -149,13 +150,7 @@ def read_adapter(path: Path) -> Adapter:
     Raises:
         UserError: It is another file, is damaged, or is of a later version.
     """
-    read_header(path)
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: damaged or cut off ({error})") from None
+    tensors, metadata = read_safetensors(path)
     if "tav.format" not in metadata:
         raise UserError(
             f"{path}: not an adapter of tav_jax; `python -m tav_jax.convert RUN --to adapter FILE` "
@@ -170,6 +165,10 @@ def read_adapter(path: Path) -> Adapter:
     inputs = None
     if "tav.inputs" in metadata:
         inputs = parse(Inputs, _json(metadata, "tav.inputs", path), f"{path}: tav.inputs")
+    for kind in ("loras", "embeddings"):
+        digests = () if inputs is None else getattr(inputs, kind)
+        if len(digests) != len(getattr(config, kind)):
+            raise UserError(f"{path}: damaged: it does not have the digests of its {kind}")
     inverted = tensors.pop(INVERTED, None)
     if wrong := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         raise UserError(f"{path}: {shorten(', '.join(wrong))}: not all values are finite")

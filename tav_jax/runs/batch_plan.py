@@ -154,12 +154,16 @@ def _singular(plan: dict[Any, Any], name: str) -> str:
     return str(singular)
 
 
-def plan_jobs(items: Sequence[Item], model: str | None = None) -> list[Job]:
+def plan_jobs(
+    items: Sequence[Item], model: str | None = None, lora_dir: str | None = None
+) -> list[Job]:
     """Return what is to be sampled from each run. All runs are checked and nothing is written.
 
     Args:
         items: The videos of the plan.
         model: Where the runs' base model is now, or None: where they have recorded it.
+        lora_dir: Where the runs' LoRAs and embeddings are now, or None: where they have recorded
+            them.
 
     Raises:
         UserError: Runs are missing, or videos with other settings exist, or a run's clip is another
@@ -178,8 +182,11 @@ def plan_jobs(items: Sequence[Item], model: str | None = None) -> list[Job]:
             job = plan_samples(wanted[0].run, make_samples)
             if model is not None:
                 job.run.use_model(model)
+            if lora_dir is not None:
+                job.run.use_lora_dir(lora_dir)
             if job.wanted:
                 job.run.check_clip()
+                job.run.check_additions()
             jobs.append(job)
         except UserError as error:
             problems.append(str(error))

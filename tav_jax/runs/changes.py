@@ -13,7 +13,8 @@ EXECUTION_KEYS = (
     *("attention", "gradient_checkpointing", "memory_limit_gb"),
     *("mesh.data", "mesh.frames", "mesh.fsdp"),
 )
-# Keys that name files. What counts is the content, of which a run has digests.
+# Keys that name files. What counts is the content, of which a run has digests. So it is with the
+# files of `loras` and `embeddings`, whose number and scales count, too.
 INPUT_KEYS = ("pretrained_model_path", "revision", "variant", "train_data.video_path")
 # Keys on which the trained weights do not depend: when something is written, and how prompts are
 # sampled. A run may go on with other values, which it then records.
@@ -67,6 +68,12 @@ def check_changes(
             problem = _other_steps(ours, theirs, folder, done)
         elif key in INPUT_KEYS:
             problem = "" if has_digests else line
+        elif key == "loras":
+            is_same = has_digests and _scales(ours) == _scales(theirs)
+            problem = "" if is_same else line
+        elif key == "embeddings":
+            is_same = has_digests and len(ours.embeddings) == len(theirs.embeddings)
+            problem = "" if is_same else line
         elif key == NUM_INV_STEPS and has_samples:
             problem = (
                 f"{line}, and the inverted clip is kept; `python -m tav_jax.sample --run {folder} "
@@ -83,6 +90,10 @@ def check_changes(
             f"output_dir: {shorten(str(folder), 150)} is a run of other settings; name another "
             "output_dir:\n" + "\n".join(problems)
         )
+
+
+def _scales(config: TuneConfig) -> list[float]:
+    return [lora.scale for lora in config.loras]
 
 
 def _other_steps(ours: TuneConfig, theirs: TuneConfig, folder: Path, done: int) -> str:

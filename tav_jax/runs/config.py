@@ -26,10 +26,12 @@ from tav_jax.settings import (
     Fps,
     Frames,
     Integer,
+    LoraScale,
     Number,
     NumSteps,
     PathText,
     Positive,
+    PromptSyntax,
     Rate,
     Seed,
     Size,
@@ -65,6 +67,14 @@ Checkpointing = Annotated[
 
 # None is "auto".
 ClipFps = Annotated[Fps | None, BeforeValidator(lambda value: None if value == "auto" else value)]
+
+# Keys that a run's config.yaml has only if they have another value.
+UNSET: dict[str, Any] = {
+    "loras": [],
+    "embeddings": [],
+    "prompt_syntax": "plain",
+    "validation_data.prompt_syntax": None,
+}
 
 # The first and the last line of a run's config.yaml: what begins with one and lacks the other has
 # been cut off.
@@ -132,6 +142,7 @@ class ValidationData(SamplingSettings):
         fps: Frames per second of the written videos. The default, "auto", is the rate of the
             frames that were chosen from the clip, or 8 if the clip has no rate, as a folder of
             images. A run's config.yaml has the number.
+        prompt_syntax: See `SamplingSettings`. By default that of the caption.
     """
 
     prompts: tuple[Text, ...] = ()
@@ -142,14 +153,40 @@ class ValidationData(SamplingSettings):
     height: Size | None = None
     video_format: Literal["mp4", "gif"] = "mp4"
     fps: ClipFps = None
+    prompt_syntax: PromptSyntax | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_pixels(self.video_length or 1, self.width or SIZE_FACTOR, self.height or SIZE_FACTOR)
 
-    def sampling_settings(self) -> SamplingSettings:
-        """Return the settings with which the prompts are sampled."""
-        return select_settings(self, invert=self.use_inv_latent)
+    def sampling_settings(self, prompt_syntax: PromptSyntax = "plain") -> SamplingSettings:
+        """Return the settings with which the prompts are sampled.
+
+        Args:
+            prompt_syntax: The caption's, which is that of prompts without their own.
+        """
+        settings = select_settings(self, invert=self.use_inv_latent)
+        return replace(settings, prompt_syntax=settings.prompt_syntax or prompt_syntax)
+
+
+@dataclass(frozen=True, config=STRICT)
+class LoraFile:
+    """A LoRA that is added to the base model.
+
+    Args:
+        path: A `.safetensors` or `.bin` file.
+        scale: The weight with which it is added.
+    """
+
+    path: PathText
+    scale: LoraScale = 1.0
+
+
+# A path alone has the scale 1.
+Lora = Annotated[
+    LoraFile,
+    BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value),
+]
 
 
 def _is_axis_size(value: int) -> int:
@@ -216,6 +253,10 @@ class TuneConfig:
         mesh: How the work is sharded over devices.
         revision: Branch, tag or commit of a model on the Hub.
         variant: Variant of its weight files, such as "fp16".
+        loras: LoRAs that are added to the base model before it is tuned.
+        embeddings: Files of words that were learnt by textual inversion.
+        prompt_syntax: How the caption is written, see `SamplingSettings`, and by default the
+            prompts.
     """
 
     pretrained_model_path: PathText
@@ -250,6 +291,9 @@ class TuneConfig:
     mesh: MeshSizes = Field(default_factory=MeshSizes)
     revision: Text | None = None
     variant: Text | None = None
+    loras: tuple[Lora, ...] = ()
+    embeddings: tuple[PathText, ...] = ()
+    prompt_syntax: PromptSyntax = "plain"
 
     def __post_init__(self) -> None:
         train, validation = self.train_data, self.validation_data
@@ -383,6 +427,8 @@ def with_absolute_paths(config: TuneConfig) -> TuneConfig:
         output_dir=absolute(config.output_dir),
         train_data=replace(config.train_data, video_path=absolute(config.train_data.video_path)),
         resume_from_checkpoint=absolute(checkpoint) if checkpoint else None,
+        loras=tuple(replace(lora, path=absolute(lora.path)) for lora in config.loras),
+        embeddings=tuple(map(absolute, config.embeddings)),
     )
 
 
@@ -398,9 +444,25 @@ def with_fps(config: TuneConfig, fps: float | None) -> TuneConfig:
     return replace(config, validation_data=replace(config.validation_data, fps=fps))
 
 
+def config_tree(config: TuneConfig) -> dict[str, Any]:
+    """Return settings as nested dictionaries and lists.
+
+    Keys that most runs do not need are there only if they are set.
+    """
+    tree = to_plain(asdict(config))
+    for key, default in UNSET.items():
+        *path, name = key.split(".")
+        section = tree
+        for part in path:
+            section = section[part]
+        if section[name] == default:
+            del section[name]
+    return tree
+
+
 def dump_config(config: TuneConfig) -> str:
     """Return the YAML that `load_config` reads back to the same settings."""
-    keys = yaml.safe_dump(to_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    keys = yaml.safe_dump(config_tree(config), sort_keys=False, allow_unicode=True)
     return f"{FIRST_LINE}\n{keys}{LAST_LINE}\n"
 
 

@@ -1,4 +1,7 @@
-"""What a run reads: digests of its clip's frames and its model's files, kept in `inputs.json`."""
+"""What a run reads: digests of its clip's frames, its model's files, its LoRAs and embeddings.
+
+They are kept in `inputs.json`.
+"""
 
 import hashlib
 import json
@@ -9,7 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL
@@ -60,13 +63,23 @@ class FileDigest:
 
 @dataclass(frozen=True, config=STRICT)
 class Inputs:
-    """What a run reads: its clip, and the files of its base model by their names in its folder.
+    """What a run reads.
 
-    The clip of a model that the published code has tuned is not known.
+    Args:
+        clip: Its clip. That of a model that the published code has tuned is not known.
+        model: The files of its base model, by their names in its folder.
+        loras: Its LoRAs, in the order of its settings.
+        embeddings: Its embeddings, in that order.
     """
 
     clip: ClipDigest | None
     model: dict[str, FileDigest]
+    loras: tuple[FileDigest, ...] = ()
+    embeddings: tuple[FileDigest, ...] = ()
+
+    def to_tree(self) -> dict[str, Any]:
+        """Return it as it is written. What a run does not have is not there."""
+        return {name: value for name, value in asdict(self).items() if value != ()}
 
 
 def read_inputs(file: Path) -> Inputs | None:
@@ -89,7 +102,7 @@ def read_inputs(file: Path) -> Inputs | None:
 def write_inputs(file: Path, inputs: Inputs) -> None:
     """Write what a run reads."""
     with atomic_write(file) as path:
-        path.write_text(json.dumps(asdict(inputs), indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(inputs.to_tree(), indent=2) + "\n", encoding="utf-8")
 
 
 def digest_frames(frames: UInt8[np.ndarray, "f H W 3"], clip: Path) -> ClipDigest:
@@ -120,13 +133,18 @@ def digest_model(
     """
     digests = {}
     for path in model_files(folder, variant):
-        require_file(path)
-        name, stat = path.relative_to(folder).as_posix(), path.stat()
-        old = known.get(name)
-        if old is None or (old.size, old.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
-            old = FileDigest(sha256(path), stat.st_size, stat.st_mtime_ns)
-        digests[name] = old
+        name = path.relative_to(folder).as_posix()
+        digests[name] = digest_file(path, known.get(name))
     return digests
+
+
+def digest_file(path: Path, known: FileDigest | None = None) -> FileDigest:
+    """Return the digest of a file. If it has the size and time of a known one it is not read."""
+    require_file(path)
+    stat = path.stat()
+    if known is not None and (known.size, known.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+        return known
+    return FileDigest(sha256(path), stat.st_size, stat.st_mtime_ns)
 
 
 def in_background(function: Callable[[], T]) -> "Future[T]":

@@ -1,6 +1,7 @@
 """Tuned models as whole folders in the layout of the published Tune-A-Video, written and read."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -53,7 +54,8 @@ def write_pipeline(run: Run, folder: Path, step: int) -> None:
     scheduler = scheduler | {"_class_name": "DDIMScheduler"}
     with atomic_folder(folder) as partial:
         save_model(partial, model, scheduler, is_tuned=True)
-        text = dump_config(portable(config))
+        # LoRAs and embeddings are in the weights and the tokenizer by now.
+        text = dump_config(portable(replace(config, loras=(), embeddings=())))
         (partial / CONFIG_NAME).write_text(text, encoding="utf-8")
 
 

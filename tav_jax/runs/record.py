@@ -6,6 +6,7 @@ from pathlib import Path
 from tav_jax.reading import read_text, read_yaml
 from tav_jax.runs.config import (
     FIRST_LINE,
+    UNSET,
     TuneConfig,
     cut_off,
     load_config,
@@ -15,7 +16,7 @@ from tav_jax.settings import flatten
 
 # Keys that were added since the first runs. A file without FIRST_LINE was written before that line
 # was, or by another program: it must have all other keys, the last of them on a whole line.
-LATER_KEYS = ("attention", "memory_limit_gb", "mesh", "validation_data.sampler")
+LATER_KEYS = ("attention", "memory_limit_gb", "mesh", "validation_data.sampler", *UNSET)
 
 
 def read_record(path: Path) -> TuneConfig:

@@ -14,6 +14,7 @@ from tav_jax.parallel.processes import broadcast_from_main, is_main_process
 from tav_jax.parallel.sharding import gather_to_host, on_mesh
 from tav_jax.pipeline import decode_latents, random_latents, sample_latents
 from tav_jax.pretrained.model import Model
+from tav_jax.pretrained.prompts import count_chunks
 from tav_jax.runs.metrics_log import Stages
 from tav_jax.runs.overview import ROWS_OF_SHEET, renew_overview, shown
 from tav_jax.runs.run import Run
@@ -105,6 +106,35 @@ def write_batch(
         size: Items that are sampled at once.
         alone: See `Run.inverted_latents`.
     """
+    for together in split_by_chunks(model, batch):
+        yield from _write_together(run, model, together, folder, stages, size=size, alone=alone)
+
+
+def split_by_chunks(model: Model, batch: Sequence[Sample]) -> list[list[Sample]]:
+    """Return the samples in lists whose prompts have equally many chunks.
+
+    Shorter prompts would be filled up with empty chunks, which change their videos.
+    """
+    by_chunks: dict[int, list[Sample]] = {}
+    for sample in batch:
+        settings = sample.settings
+        prompts = [sample.prompt, settings.negative_prompt]
+        chunks = count_chunks(model, prompts, settings.prompt_syntax or "plain")
+        by_chunks.setdefault(chunks, []).append(sample)
+    return list(by_chunks.values())
+
+
+def _write_together(
+    run: Run,
+    model: Model,
+    batch: list[Sample],
+    folder: Path,
+    stages: Stages,
+    *,
+    size: int,
+    alone: Callable[[Path], AbstractContextManager[Any]],
+) -> Iterator[tuple[Path, Frames]]:
+    """Write the videos of samples whose prompts have equally many chunks."""
     frames, height, width = sample_size(run.config)
     step, settings = batch[0].batch_key
     filled = batch + batch[-1:] * (size - len(batch))
@@ -125,6 +155,7 @@ def write_batch(
             sampler=settings.sampler,
             eta=settings.eta,
             seeds=[sample.seed for sample in filled],
+            prompt_syntax=settings.prompt_syntax or "plain",
             progress=True,
         )
     for index, sample in enumerate(batch):
@@ -161,6 +192,7 @@ def sample_run(job: Job, *, batch_size: int = 1) -> list[Path]:
     warn_unused_seeds(job.wanted)
     if any(is_wanted):
         run.check_clip()
+        run.check_additions()
     # Without a video to make no devices are needed, which a run of many may lack here.
     with on_mesh(run.mesh()) if any(is_wanted) else nullcontext():
         return render(

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -25,9 +25,11 @@ from tav_jax.parallel.processes import broadcast_from_main, is_main_process
 from tav_jax.parallel.sharding import gather_to_host, make_mesh, shard
 from tav_jax.pipeline import encode_frames, invert_latents, posterior_mean_latents
 from tav_jax.pretrained.hub import find_folder
+from tav_jax.pretrained.lora import change_of, read_loras
 from tav_jax.pretrained.model import Model, load_model
+from tav_jax.runs.additions import find_additions
 from tav_jax.runs.changes import check_changes
-from tav_jax.runs.config import TuneConfig, dump_config, with_fps, with_model
+from tav_jax.runs.config import LoraFile, TuneConfig, dump_config, with_fps, with_model
 from tav_jax.runs.inputs import (
     ClipDigest,
     FileDigest,
@@ -83,6 +85,8 @@ class Run:
         self._model_digests: Future[dict[str, FileDigest]] | None = None
         self._moments: Moments | None = None
         self._inverted: dict[tuple[int, int], Latents] = {}
+        self._lora_dir: Path | None = None
+        self._more_loras: tuple[LoraFile, ...] = ()
 
     def checkpoint(self, step: int) -> Path:
         """Return the folder of a checkpoint."""
@@ -161,7 +165,12 @@ class Run:
         assert self._clip_digest is not None
         self.begin_digests()
         assert self._model_digests is not None
-        inputs = Inputs(self._clip_digest, self._model_digests.result())
+        inputs = Inputs(
+            self._clip_digest,
+            self._model_digests.result(),
+            loras=tuple(digest for _, digest in self.found_loras),
+            embeddings=tuple(digest for _, digest in self.found_embeddings),
+        )
         text = dump_config(with_fps(self.config, self.fps))
         with atomic_write(self.config_file) as path:
             path.write_text(text, encoding="utf-8")
@@ -252,8 +261,13 @@ class Run:
         return make_mesh(asdict(self.config.mesh), frames=frames)
 
     def load_base(self) -> Model:
-        """Return the base model, sharded over the mesh, with trained parameters in float32."""
+        """Return the base model with the run's LoRAs and embeddings, sharded over the mesh.
+
+        Trained parameters are float32.
+        """
         config, folder = self.config, self._model_folder
+        paths = [path for path, _ in self.found_loras]
+        loras = [(path, lora.scale) for path, lora in zip(paths, config.loras, strict=True)]
         if self.recorded:
             self._begin_digests(folder)
         model = load_model(
@@ -264,12 +278,42 @@ class Run:
             attention=config.attention,
             key=jax.random.key(config.seed),
             variant=config.variant,
+            loras=[*loras, *self._added()],
+            embeddings=[path for path, _ in self.found_embeddings],
         )
         if self.recorded and self._model_digests:
             now = self._model_digests.result()
             check_model(self.recorded.model, now, self.folder, config.pretrained_model_path)
         unet, vae, text_encoder = shard((model.unet, model.vae, model.text_encoder))
         return replace(model, unet=unet, vae=vae, text_encoder=text_encoder)
+
+    @cached_property
+    def found_loras(self) -> list[tuple[Path, FileDigest]]:
+        """Return the files of the run's LoRAs with their digests, compared with the recorded ones.
+
+        Errors are those of `find_additions`.
+        """
+        paths = [lora.path for lora in self.config.loras]
+        recorded = self.recorded.loras if self.recorded else None
+        return find_additions("loras", paths, recorded, self._lora_dir, self.folder)
+
+    @cached_property
+    def found_embeddings(self) -> list[tuple[Path, FileDigest]]:
+        """Return the files of the run's embeddings as `found_loras` does."""
+        recorded = self.recorded.embeddings if self.recorded else None
+        paths = self.config.embeddings
+        return find_additions("embeddings", paths, recorded, self._lora_dir, self.folder)
+
+    def use_lora_dir(self, folder: str) -> None:
+        """Look for the run's LoRAs and embeddings in a folder, by their digests."""
+        self._lora_dir = Path(folder).expanduser()
+
+    def add_loras(self, loras: Sequence[LoraFile]) -> None:
+        """Add further LoRAs to the tuned model. The inverted clip is then not kept on disk."""
+        self._more_loras = tuple(loras)
+
+    def _added(self) -> list[tuple[str, float]]:
+        return [(lora.path, lora.scale) for lora in self._more_loras]
 
     @cached_property
     def _model_folder(self) -> Path:
@@ -299,7 +343,14 @@ class Run:
         except MissingFileError as error:
             raise MissingFileError(f"{error}; if the model has moved, give --model DIR") from None
         params = model.unet.params
-        return model.with_unet(model.unet.with_params(params | self._trained(step, params)))
+        trained = self._trained(step, params)
+        # The base has what further LoRAs add already, and the checkpoint has not.
+        more = read_loras(self._added(), model.text_encoder.config, model.unet.config)
+        change = change_of([lora.unet for lora in more])
+        for name in trained:
+            if (added := change(name)) is not None:
+                trained[name] = shard(trained[name] + added)
+        return model.with_unet(model.unet.with_params(params | trained))
 
     def trained_parameters(self, step: int) -> Params:
         """Return what a checkpoint has of its own. The base model is loaded, too, and compared."""
@@ -362,6 +413,10 @@ class Run:
         """Load the base model in float32, whatever the run computes in."""
         self.config = replace(self.config, mixed_precision="no")
 
+    def check_additions(self) -> None:
+        """Raise `UserError` if LoRAs or embeddings are not where they were, or are others."""
+        _ = self.found_loras, self.found_embeddings
+
     def use_model(self, path: str) -> None:
         """Load the base model from another place.
 
@@ -393,7 +448,8 @@ class Run:
     ) -> Latents:
         """Return the noise from which a checkpoint's model would sample the clip.
 
-        For the run's own `num_inv_steps` it is kept on disk, and read from there if it exists.
+        For the run's own `num_inv_steps` it is kept on disk, and read from there if it exists. With
+        LoRAs that are not the run's it is another, which is not kept.
 
         Args:
             model: The run's model at `step`.
@@ -402,7 +458,8 @@ class Run:
             alone: Returns a context in which no other process writes the given file.
         """
         if (step, num_inv_steps) not in self._inverted:
-            on_disk = num_inv_steps == self.config.validation_data.num_inv_steps
+            own_steps = self.config.validation_data.num_inv_steps
+            on_disk = num_inv_steps == own_steps and not self._more_loras
             self._inverted[step, num_inv_steps] = (
                 self._kept_inversion(model, step, num_inv_steps, alone)
                 if on_disk

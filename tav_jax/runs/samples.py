@@ -13,23 +13,57 @@ import numpy as np
 from jaxtyping import UInt8
 from pydantic.dataclasses import dataclass as dataclass_of_settings
 
-from tav_jax.errors import ExistingFileError, UserError
+from tav_jax.digests import sha256
+from tav_jax.errors import ExistingFileError, MissingFileError, UserError
 from tav_jax.files import first_unwritable_parent
-from tav_jax.reading import read_json
-from tav_jax.runs.config import TuneConfig
+from tav_jax.reading import read_json, why_not_a_file
+from tav_jax.runs.config import LoraFile, TuneConfig
 from tav_jax.runs.run import Run
 from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings
-from tav_jax.settings import STRICT, Seed, StepsFromZero, parse
+from tav_jax.settings import STRICT, LoraScale, Seed, StepsFromZero, parse, to_plain
 from tav_jax.text import UNPRINTABLE, brief
 
 Frames = UInt8[np.ndarray, "f H W 3"]
 
+
+# What a record says that lacks a key.
+UNSET = {"sampler": "ddim", "loras": [], "prompt_syntax": "plain"}
 
 # File names, without suffix, that are not given to samples.
 SHEET, BESIDE = "contact-sheet", "side-by-side"
 
 MOST_PROBLEMS = 20  # that one message lists
 MOST_VIDEOS = 100_000  # of one plan
+
+
+@dataclass_of_settings(frozen=True, config=STRICT)
+class LoraRecord:
+    """A LoRA by its content.
+
+    Args:
+        name: Its file's name.
+        sha256: Its file's digest.
+        scale: The weight with which it is added.
+    """
+
+    name: str
+    sha256: str
+    scale: LoraScale
+
+
+def record_loras(loras: Sequence[LoraFile]) -> tuple[LoraRecord, ...]:
+    """Return the records of LoRAs.
+
+    Raises:
+        MissingFileError: Some are not there; all are listed.
+    """
+    paths = [Path(lora.path) for lora in loras]
+    if missing := [f"{path}: {why}" for path in paths if (why := why_not_a_file(path))]:
+        raise MissingFileError(f"--lora: {'; '.join(missing)}")
+    return tuple(
+        LoraRecord(path.name, sha256(path), lora.scale)
+        for path, lora in zip(paths, loras, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -42,6 +76,7 @@ class Sample:
         seed: Seed of the noise, if any is drawn.
         settings: How it is sampled.
         name_seed: Whether the file's name has the seed, too.
+        loras: LoRAs that are added to the tuned model.
     """
 
     prompt: str
@@ -49,6 +84,7 @@ class Sample:
     seed: int
     settings: SamplingSettings
     name_seed: bool = False
+    loras: tuple[LoraRecord, ...] = ()
 
     @property
     def stem(self) -> str:
@@ -63,8 +99,13 @@ class Sample:
 
     def to_record(self) -> dict[str, Any]:
         """Return a flat dictionary, which is written as JSON beside the video."""
-        record = asdict(self)
-        return record | record.pop("settings")
+        record = to_plain(asdict(self))
+        record |= record.pop("settings")
+        # As in the records of earlier versions.
+        for name in ("loras", "prompt_syntax"):
+            if record[name] == UNSET[name]:
+                del record[name]
+        return record
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], where: str = "record") -> "Sample":
@@ -79,7 +120,7 @@ class Sample:
         """
         made = parse(Record, dict(record), where)
         settings = SamplingSettings(**{name: getattr(made, name) for name in SETTING_NAMES})
-        return cls(made.prompt, made.step, made.seed, settings, made.name_seed)
+        return cls(made.prompt, made.step, made.seed, settings, made.name_seed, made.loras)
 
 
 @dataclass_of_settings(frozen=True, kw_only=True, config=STRICT)
@@ -90,11 +131,12 @@ class Record(SamplingSettings):
     step: StepsFromZero
     seed: Seed
     name_seed: bool = False
+    loras: tuple[LoraRecord, ...] = ()
 
 
 def default_sample(config: TuneConfig, step: int) -> Sample:
     """Return a sample with a run's own settings and an empty prompt."""
-    settings = config.validation_data.sampling_settings()
+    settings = config.validation_data.sampling_settings(config.prompt_syntax)
     return Sample(prompt="", step=step, seed=config.seed, settings=settings)
 
 
@@ -118,7 +160,6 @@ def is_done(sample: Sample, folder: Path, video_format: str) -> bool:
     if not video.exists():
         return False
     made = read_record(record) if record.exists() else {}
-    made = {"sampler": "ddim"} | made  # older records have no sampler
     if differing := _differing(made, sample):
         values = "; ".join(f"{name} {brief(a)} there, {brief(b)} here" for name, a, b in differing)
         raise ExistingFileError(
@@ -145,10 +186,9 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _differing(made: Mapping[str, object], sample: Sample) -> list[tuple[str, object, object]]:
+    made, wanted = UNSET | dict(made), UNSET | sample.to_record()
     return [
-        (name, made.get(name), value)
-        for name, value in sample.to_record().items()
-        if made.get(name) != value
+        (name, made.get(name), value) for name, value in wanted.items() if made.get(name) != value
     ]
 
 

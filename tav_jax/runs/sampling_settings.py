@@ -10,7 +10,7 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from tav_jax.diffusion.samplers import SamplerName, check_eta
-from tav_jax.settings import STRICT, GuidanceScale, NumSteps, Share, Text, parse
+from tav_jax.settings import STRICT, GuidanceScale, NumSteps, PromptSyntax, Share, Text, parse
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -25,6 +25,8 @@ class SamplingSettings:
         guidance_scale: Weight of the guidance. At 1 or below there is none.
         eta: Share of noise in each DDIM step, from 0 to 1.
         num_inv_steps: Number of inversion steps, or None to start from random noise.
+        prompt_syntax: How prompts are written: "plain", or "weighted" with weights as in
+            `(word:1.3)` and of any length.
 
     Raises:
         UserError: `eta` is not 0 and the sampler has no such noise.
@@ -36,6 +38,7 @@ class SamplingSettings:
     guidance_scale: GuidanceScale = 12.5
     eta: Share = 0.0
     num_inv_steps: NumSteps | None = 50
+    prompt_syntax: PromptSyntax | None = "plain"
 
     def __post_init__(self) -> None:
         check_eta(self.sampler, self.eta)

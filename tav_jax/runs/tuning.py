@@ -27,7 +27,8 @@ from tav_jax.parallel.processes import (
 )
 from tav_jax.parallel.sharding import gather_to_host, shard
 from tav_jax.pipeline import compile_train_step, encode_prompts
-from tav_jax.pretrained.model import Model, tokenize
+from tav_jax.pretrained.model import Model
+from tav_jax.pretrained.prompts import count_chunks, prompt_tokens
 from tav_jax.progress import progress_bar
 from tav_jax.runs.config import TuneConfig, ValidationData
 from tav_jax.runs.metrics_log import Stages, keep_metrics, log, log_stages
@@ -61,8 +62,11 @@ STANDS_STILL = (
     "all of them; the same command goes on from the last checkpoint"
 )
 
-# Compiled train steps with the preset that fits, keyed by the settings that they depend on.
-Programs = dict[TuneConfig, tuple[GradientCheckpointing, jax.stages.Compiled]]
+# Compiled train steps with the preset that fits, keyed by the settings that they depend on and the
+# shape of the caption's states.
+Programs = dict[
+    tuple[TuneConfig, tuple[int, ...]], tuple[GradientCheckpointing, jax.stages.Compiled]
+]
 
 # Jitted here, so that several clips compile it once.
 fingerprint = jax.jit(fingerprints)
@@ -126,13 +130,19 @@ def prepare(run: Run, programs: Programs) -> Tuning:
     config, stages = run.config, Stages()
     with stages("read"):
         run.clip()
+        run.check_additions()
     with stages("load"):
         model = run.load_base()
     run.begin_digests()
     check_num_steps(config.validation_data, len(model.schedule.alphas_cumprod))
     labels = label_params(model.unet.params, config.trainable_modules)
-    # Warns of prompts that are too long before anything takes long.
-    tokenize(model, [config.train_data.prompt, *config.validation_data.prompts])
+    # Before anything takes long: warns of plain prompts that are too long, refuses wrong weights.
+    validation = config.validation_data
+    syntax = validation.prompt_syntax or config.prompt_syntax
+    prompt_tokens(model, [config.train_data.prompt], config.prompt_syntax)
+    if validation.prompts:
+        prompt_tokens(model, validation.prompts, syntax)
+        count_chunks(model, [validation.negative_prompt], syntax)
     learning_rate = make_lr_schedule(
         config.lr_scheduler,
         config.learning_rate * (draws_per_update(config) if config.scale_lr else 1),
@@ -179,7 +189,8 @@ def prepare_step(
     """Encode the clip and its prompt once, and compile the train step unless it is known."""
     config, model, stages = tuning.run.config, tuning.model, tuning.stages
     with stages("encode"):
-        encoded = tuning.run.encoded_clip(model), encode_prompts(model, [config.train_data.prompt])
+        prompt, syntax = config.train_data.prompt, config.prompt_syntax
+        encoded = tuning.run.encoded_clip(model), encode_prompts(model, [prompt], syntax=syntax)
         moments, context = jax.block_until_ready(
             tuple(jnp.repeat(one, config.train_batch_size, axis=0) for one in encoded)
         )
@@ -194,7 +205,7 @@ def prepare_step(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
     with stages("compile"):
-        key = step_settings(config)
+        key = step_settings(config), context.shape
         if key not in programs:
             programs[key] = fitting_program(config, train_step, tuning.state, tuning.inputs)
         preset, tuning.program = programs[key]
@@ -327,6 +338,9 @@ def step_settings(config: TuneConfig) -> TuneConfig:
         validation_data=ValidationData(),
         resume_from_checkpoint=None,
         seed=0,
+        loras=(),
+        embeddings=(),
+        prompt_syntax="plain",
     )
 
 

@@ -75,6 +75,7 @@ class Setting(SamplingSettings):
         guidance_scale: See `SamplingSettings`.
         eta: See `SamplingSettings`.
         num_inv_steps: See `SamplingSettings`.
+        prompt_syntax: See `SamplingSettings`.
         attention_scope: The frames that spatial attention looks at.
         temporal_attention: Whether the network has a temporal attention, and tunes it.
         max_train_steps: Number of updates.
@@ -271,6 +272,7 @@ def sample_edits(
         sampler=setting.sampler,
         eta=setting.eta,
         seeds=[seed] * len(edits),
+        prompt_syntax=setting.prompt_syntax or "plain",
     )
     return to_frames(np.asarray(decode_latents(model, latents)))
 

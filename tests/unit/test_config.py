@@ -8,6 +8,8 @@ from small_configs import RUN as SMALLEST
 from tav_jax.runs.changes import EXECUTION_KEYS, differences
 from tav_jax.runs.config import (
     MEANINGLESS_KEYS,
+    UNSET,
+    LoraFile,
     TrainData,
     TuneConfig,
     ValidationData,
@@ -189,9 +191,15 @@ def test_what_is_dumped_reads_back_the_same(config, write):
 
 def test_the_dump_is_complete():
     tree = yaml.safe_load(dump_config(parse_config(SMALLEST)))
-    assert list(tree) == [field.name for field in fields(TuneConfig)]
+    names = [field.name for field in fields(TuneConfig)]
+    assert list(tree) == [name for name in names if name not in UNSET], "as in earlier versions"
+    every = parse_config(
+        SMALLEST | {"loras": ["a.safetensors"], "embeddings": ["b.pt"], "prompt_syntax": "weighted"}
+    )
+    assert list(yaml.safe_load(dump_config(every))) == names
     assert list(tree["train_data"]) == [field.name for field in fields(TrainData)]
-    assert list(tree["validation_data"]) == [field.name for field in fields(ValidationData)]
+    names = [field.name for field in fields(ValidationData)]
+    assert list(tree["validation_data"]) == [name for name in names if name != "prompt_syntax"]
 
 
 @pytest.mark.parametrize(
@@ -489,6 +497,8 @@ def _another(settings, field):
         "fit": "crop",
         "video_format": "gif",
         "fps": 12.0,
+        "loras": (LoraFile("another"),),
+        "prompt_syntax": "weighted",
     }
     value = getattr(settings, field.name)
     if field.name in choices:
@@ -500,6 +510,29 @@ def _another(settings, field):
     if isinstance(value, str) or value is None:
         return "another"
     return value + 1 if isinstance(value, int) else value / 2 + 0.1
+
+
+def test_a_lora_is_a_path_or_a_path_with_a_scale(write):
+    loras = ["a.safetensors", {"path": "b.bin", "scale": -0.5}]
+    config, _ = load_config(write(loras=loras))
+    assert config.loras == (LoraFile("a.safetensors", 1.0), LoraFile("b.bin", -0.5))
+    assert load_config(write(dump_config(config)))[0] == config
+    assert load_config(write(), ["loras=[a.safetensors]"])[0].loras == config.loras[:1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "key"),
+    [
+        (3, "loras.0"),
+        ({"scale": 1}, "loras.0.path"),
+        ({"path": "a", "scale": "much"}, "loras.0.scale"),
+        ({"path": "a", "scale": float("nan")}, "loras.0.scale"),
+        ({"path": "", "scale": 1}, "loras.0.path"),
+        ({"path": "a", "weight": 1}, "loras.0.weight"),
+    ],
+)
+def test_what_is_no_lora_is_refused(wrong, key, message):
+    assert offenders(message(loras=[wrong])) == [key]
 
 
 def test_absolute_paths_are_the_same_from_any_directory(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Configs, experiments, batch plans, command lines and records share one value and its bounds."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from tav_jax import sample
 from tav_jax.errors import UserError
 from tav_jax.runs.batch_plan import read_plan
 from tav_jax.runs.config import parse_config
-from tav_jax.runs.samples import Sample, default_sample
+from tav_jax.runs.samples import LoraRecord, Sample, default_sample
 from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings
 from tav_jax.worlds.experiments import Experiment
 
@@ -116,8 +117,14 @@ def test_a_record_is_flat_and_gives_the_sample_back():
     settings = SamplingSettings("blurry", 7, "dpm_solver", 2.0, 0.0, None)
     made = Sample("a", 5, 3, settings, name_seed=True)
     record = made.to_record()
-    assert set(record) == {"prompt", "step", "seed", "name_seed", *SETTING_NAMES}
+    new = {"prompt_syntax"}  # which is not written if it is plain
+    assert set(record) == {"prompt", "step", "seed", "name_seed", *SETTING_NAMES} - new
     assert Sample.from_record(record) == made
+    loras = (LoraRecord("style.safetensors", "0" * 64, -0.5),)
+    other = replace(made, settings=replace(settings, prompt_syntax="weighted"), loras=loras)
+    record = json.loads(json.dumps(other.to_record()))
+    assert record["loras"] == [{"name": "style.safetensors", "sha256": "0" * 64, "scale": -0.5}]
+    assert Sample.from_record(record) == other
 
 
 def test_a_record_from_before_there_were_two_samplers_is_read():
