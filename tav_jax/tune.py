@@ -12,6 +12,7 @@ from tav_jax.console import Parser, command, say
 from tav_jax.errors import NotLearningError, UserError
 from tav_jax.parallel import processes as distributed
 from tav_jax.parallel.sharding import on_mesh
+from tav_jax.report import renew_report
 from tav_jax.runs.config import TuneConfig, load_clips, load_config, with_absolute_paths
 from tav_jax.runs.lock import lock_run
 from tav_jax.runs.render import render
@@ -48,6 +49,8 @@ def tune_alone(run: Run, programs: Programs) -> None:
         remove_unfinished(run.checkpoints)
         with run.kept():
             finish(tuning)
+            if distributed.is_main_process():
+                renew_report(run)
 
 
 def owes_samples(tuning: Tuning) -> bool:

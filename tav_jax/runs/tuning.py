@@ -42,6 +42,7 @@ from tav_jax.training.memory import (
     compile_plan,
     device_bytes,
     fitting_preset,
+    planned_bytes,
 )
 from tav_jax.training.optimizer import Label, label_params, make_lr_schedule, make_optimizer
 from tav_jax.training.train_step import TrainState, check_movement, fingerprints, init_state
@@ -62,7 +63,7 @@ STANDS_STILL = (
 )
 
 # Compiled train steps with the preset that fits, keyed by the settings that they depend on.
-Programs = dict[TuneConfig, tuple[GradientCheckpointing, Callable]]
+Programs = dict[TuneConfig, tuple[GradientCheckpointing, jax.stages.Compiled]]
 
 # Jitted here, so that several clips compile it once.
 fingerprint = jax.jit(fingerprints)
@@ -89,7 +90,7 @@ class Tuning:
     labels: dict[str, Label]
     learning_rate: optax.Schedule
     stages: Stages
-    program: Callable | None = None
+    program: jax.stages.Compiled | None = None
     inputs: tuple[Any, ...] = ()
 
     @property
@@ -198,6 +199,7 @@ def prepare_step(
         if key not in programs:
             programs[key] = fitting_program(config, train_step, tuning.state, tuning.inputs)
         preset, tuning.program = programs[key]
+    stages.note("compile", planned_bytes=planned_bytes(tuning.program))
     unet = tuning.state.unet.with_compute(gradient_checkpointing=preset)
     tuning.state = tuning.state._replace(unet=unet)
 
@@ -273,7 +275,7 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
 
 def fitting_program(
     config: TuneConfig, step: Any, state: TrainState, inputs: tuple[Moments, Context, Any]
-) -> tuple[GradientCheckpointing, Callable]:
+) -> tuple[GradientCheckpointing, jax.stages.Compiled]:
     """Return the compiled step, with the preset that fits, of which its state is to be.
 
     Raises:
