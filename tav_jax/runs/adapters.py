@@ -24,12 +24,12 @@ from tav_jax.errors import MissingFileError, UserError
 from tav_jax.files import atomic_write
 from tav_jax.pretrained.weights import is_finite, read_header, to_parameter, to_tensor
 from tav_jax.reading import parse_json, read_json, why_not_a_file
-from tav_jax.runs.config import TuneConfig, dump_config, parse_config
+from tav_jax.runs.config import TuneConfig, dump_config, parse_config, plain_settings
 from tav_jax.runs.inputs import Inputs, write_inputs
 from tav_jax.runs.inversions import read_inversion, write_inversion
 from tav_jax.runs.lock import is_empty, lock_run
 from tav_jax.runs.run import Run
-from tav_jax.settings import parse, to_plain
+from tav_jax.settings import parse
 from tav_jax.text import shorten
 from tav_jax.training.checkpoints import remove_unfinished, save_items
 from tav_jax.types import Params
@@ -100,7 +100,7 @@ def write_adapter(
         "tav.caption": config.train_data.prompt,
         "tav.frames": str(config.train_data.n_sample_frames),
         "tav.base_model": config.pretrained_model_path,
-        "tav.config": json.dumps(to_plain(asdict(config)), ensure_ascii=False),
+        "tav.config": json.dumps(plain_settings(config), ensure_ascii=False),
     }
     if run.recorded is not None:
         metadata["tav.inputs"] = json.dumps(asdict(run.recorded))
@@ -122,6 +122,7 @@ def _portable(config: TuneConfig) -> TuneConfig:
         pretrained_model_path=name(config.pretrained_model_path),
         train_data=replace(config.train_data, video_path=name(config.train_data.video_path)),
         resume_from_checkpoint=None,
+        log=(),
     )
 
 

@@ -77,7 +77,11 @@ def line_chart(
     svg = SubElement(
         figure,
         "svg",
-        {"viewBox": f"0 0 {WIDTH:g} {HEIGHT:g}", "role": "img", "aria-label": f"{title} over steps"},
+        {
+            "viewBox": f"0 0 {WIDTH:g} {HEIGHT:g}",
+            "role": "img",
+            "aria-label": f"{title} over steps",
+        },
     )
     first = min(float(line.steps[0]) for line in lines)
     last = max(float(line.steps[-1]) for line in lines)

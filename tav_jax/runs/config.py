@@ -63,6 +63,16 @@ Checkpointing = Annotated[
     BeforeValidator(lambda value: ("none", "blocks")[value] if isinstance(value, bool) else value),
 ]
 
+
+def _as_words(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(dict.fromkeys(value)) if all(isinstance(v, str) for v in value) else value
+    return () if value is None else (value,)
+
+
+LogName = Literal["tensorboard", "wandb", "trackio"]
+Logs = Annotated[tuple[LogName, ...], BeforeValidator(_as_words)]
+
 # None is "auto".
 ClipFps = Annotated[Fps | None, BeforeValidator(lambda value: None if value == "auto" else value)]
 
@@ -216,6 +226,8 @@ class TuneConfig:
         mesh: How the work is sharded over devices.
         revision: Branch, tag or commit of a model on the Hub.
         variant: Variant of its weight files, such as "fp16".
+        log: Where metrics go besides the run's own `metrics.jsonl`: a word or a list of
+            "tensorboard", "wandb" and "trackio".
     """
 
     pretrained_model_path: PathText
@@ -250,6 +262,7 @@ class TuneConfig:
     mesh: MeshSizes = Field(default_factory=MeshSizes)
     revision: Text | None = None
     variant: Text | None = None
+    log: Logs = ()
 
     def __post_init__(self) -> None:
         train, validation = self.train_data, self.validation_data
@@ -402,8 +415,16 @@ def with_fps(config: TuneConfig, fps: float | None) -> TuneConfig:
 
 def dump_config(config: TuneConfig) -> str:
     """Return the YAML that `load_config` reads back to the same settings."""
-    keys = yaml.safe_dump(to_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    keys = yaml.safe_dump(plain_settings(config), sort_keys=False, allow_unicode=True)
     return f"{FIRST_LINE}\n{keys}{LAST_LINE}\n"
+
+
+def plain_settings(config: TuneConfig) -> dict[str, Any]:
+    """Return settings as they are recorded; `log` is there only if something is logged."""
+    tree = to_plain(asdict(config))
+    if not config.log:
+        del tree["log"]
+    return tree
 
 
 def require_end(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -70,8 +70,16 @@ def read_metrics(metrics: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def log(file: TextIO, steps: Sequence[dict], seconds: float) -> None:
+def log(
+    file: TextIO, steps: Sequence[dict], seconds: float, also: Callable[[dict], object] | None
+) -> None:
     """Write one line for each step, with the mean time of a step.
+
+    Args:
+        file: The metrics.
+        steps: Each with "step", "loss", "grad_norm" and "lr".
+        seconds: The mean time of a step.
+        also: Is given each line, too.
 
     Raises:
         NotLearningError: A loss or a gradient norm is not finite.
@@ -81,7 +89,10 @@ def log(file: TextIO, steps: Sequence[dict], seconds: float) -> None:
         line = {"step": metrics["step"], "loss": loss, "grad_norm": grad_norm}
         line |= {"lr": metrics["lr"], "seconds": round(seconds, 4)}
         broken = [name for name, value in line.items() if not np.isfinite(value)]
-        file.write(json.dumps(line | dict.fromkeys(broken)) + "\n")  # JSON has no NaN
+        line |= dict.fromkeys(broken)  # JSON has no NaN
+        file.write(json.dumps(line) + "\n")
+        if also is not None:
+            also(line)
         if broken:
             raise NotLearningError(
                 f"step {line['step']}: loss {loss}, grad_norm {grad_norm}; lower learning_rate, or "

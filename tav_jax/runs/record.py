@@ -15,7 +15,7 @@ from tav_jax.settings import flatten
 
 # Keys that were added since the first runs. A file without FIRST_LINE was written before that line
 # was, or by another program: it must have all other keys, the last of them on a whole line.
-LATER_KEYS = ("attention", "memory_limit_gb", "mesh", "validation_data.sampler")
+LATER_KEYS = ("attention", "log", "memory_limit_gb", "mesh", "validation_data.sampler")
 
 
 def read_record(path: Path) -> TuneConfig:

@@ -5,7 +5,7 @@
 
 import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +30,7 @@ from tav_jax.pipeline import compile_train_step, encode_prompts
 from tav_jax.pretrained.model import Model, tokenize
 from tav_jax.progress import progress_bar
 from tav_jax.runs.config import TuneConfig, ValidationData
+from tav_jax.runs.loggers import Loggers
 from tav_jax.runs.metrics_log import Stages, keep_metrics, log, log_stages
 from tav_jax.runs.run import Run
 from tav_jax.stopping import Stopped, received, when_stopped
@@ -82,6 +83,7 @@ class Tuning:
         program: The compiled train step.
         inputs: Its other arguments: moments, context and schedule.
         stages: Where the time goes.
+        loggers: Where metrics and samples go besides the run's folder.
     """
 
     run: Run
@@ -92,6 +94,7 @@ class Tuning:
     stages: Stages
     program: jax.stages.Compiled | None = None
     inputs: tuple[Any, ...] = ()
+    loggers: Loggers | None = None
 
     @property
     def start(self) -> int:
@@ -216,7 +219,7 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
     """
     run, config, stages = tuning.run, tuning.run.config, tuning.stages
     assert tuning.program is not None
-    start, end = tuning.start, tuning.end
+    start, end, loggers = tuning.start, tuning.end, tuning.loggers
     if is_main_process():
         keep_metrics(run.metrics, start)
     metrics_path = run.metrics if is_main_process() else Path(os.devnull)
@@ -250,7 +253,9 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
             stages.add("tune", time.perf_counter() - began)
             seconds = (time.perf_counter() - began) / len(unseen)
             run.require_folder()
-            log(metrics_file, unseen, seconds)
+            log(metrics_file, unseen, seconds, loggers.scalars if loggers else None)
+            if loggers:
+                loggers.flush()
             bar.update(len(unseen))
             # All processes of a job read their metrics and stop at the same steps.
             a_second = max(1, min(MOST_STEPS_UNSEEN, int(1 / seconds)))
@@ -329,6 +334,7 @@ def step_settings(config: TuneConfig) -> TuneConfig:
         validation_data=ValidationData(),
         resume_from_checkpoint=None,
         seed=0,
+        log=(),
     )
 
 

@@ -189,7 +189,10 @@ def test_what_is_dumped_reads_back_the_same(config, write):
 
 def test_the_dump_is_complete():
     tree = yaml.safe_load(dump_config(parse_config(SMALLEST)))
-    assert list(tree) == [field.name for field in fields(TuneConfig)]
+    names = [field.name for field in fields(TuneConfig)]
+    assert list(tree) == [name for name in names if name != "log"], "as before there was that key"
+    logged = dump_config(parse_config(SMALLEST | {"log": "tensorboard"}))
+    assert list(yaml.safe_load(logged)) == names
     assert list(tree["train_data"]) == [field.name for field in fields(TrainData)]
     assert list(tree["validation_data"]) == [field.name for field in fields(ValidationData)]
 
@@ -489,6 +492,7 @@ def _another(settings, field):
         "fit": "crop",
         "video_format": "gif",
         "fps": 12.0,
+        "log": ("wandb",),
     }
     value = getattr(settings, field.name)
     if field.name in choices:

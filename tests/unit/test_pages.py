@@ -174,9 +174,7 @@ def test_a_video_that_cannot_be_read_is_named_and_the_others_are_there(noise, tm
     damaged = tmp_path / "damaged.gif"
     damaged.write_bytes(b"GIF89a and nothing else")
     gone = Source(tmp_path / "gone.mp4", None, 4.0)
-    videos, note = embed_videos(
-        [Source(damaged, None, 4.0), gone, Source(None, noise, 4.0)], 10**7
-    )
+    videos, note = embed_videos([Source(damaged, None, 4.0), gone, Source(None, noise, 4.0)], 10**7)
     assert [video.url is not None for video in videos] == [False, False, True]
     assert "damaged.gif" in videos[0].reason
     assert "gone.mp4" in videos[1].reason
