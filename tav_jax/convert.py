@@ -13,6 +13,7 @@ from tav_jax.errors import UserError
 from tav_jax.files import atomic_folder, first_unwritable_parent, megabytes
 from tav_jax.pretrained.model import save_unet
 from tav_jax.pretrained.single_file import convert_single_file
+from tav_jax.report import kept_scores
 from tav_jax.runs.adapters import DTYPES, find_adapter, save_adapter, unpack_adapter, write_adapter
 from tav_jax.runs.hub_upload import CARD, check_login, upload, write_publication
 from tav_jax.runs.pipelines import is_pipeline, read_pipeline, write_pipeline
@@ -129,17 +130,18 @@ def push(args: Namespace) -> None:
         say(f"logged in to the Hub as {check_login()}")
     with opened_run(args.source) as run, tempfile.TemporaryDirectory() as temporary:
         use_moved_files(run, args)
-        folder = Path(temporary) / "model"
+        folder, step = Path(temporary) / "model", run.find_step(args.step)
         folder.mkdir()
         write_publication(
             run,
             folder,
             form=form,
-            step=run.find_step(args.step),
+            step=step,
             repo=args.push,
             dtype=args.dtype,
             latents=not args.no_latents,
             license_name=args.license,
+            scores=mean_scores(run, step),
         )
         if args.dry_run:
             say((folder / CARD).read_text(encoding="utf-8"))
@@ -151,6 +153,18 @@ def push(args: Namespace) -> None:
             say(f"nothing was uploaded to {args.push}")
         else:
             say(f"uploaded to {upload(folder, args.push, is_private=args.private)}")
+
+
+def mean_scores(run: Run, step: int) -> dict[str, float]:
+    """Return the means over a checkpoint's videos of what `evaluate` has computed of all of them.
+
+    There are none if `evaluate` was not run, or if there are no videos.
+    """
+    if not any(run.samples(step).glob("*.json")):
+        return {}
+    of_videos = list(kept_scores(run, step).of.values()) or [{}]
+    names = [name for name in of_videos[0] if all(name in scores for scores in of_videos)]
+    return {name: sum(scores[name] for scores in of_videos) / len(of_videos) for name in names}
 
 
 @contextmanager

@@ -7,14 +7,17 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 from tav_jax.console import Parser, command, say
 from tav_jax.errors import NotLearningError, UserError
 from tav_jax.parallel import processes as distributed
 from tav_jax.parallel.sharding import on_mesh
+from tav_jax.report import renew_report
 from tav_jax.runs.config import TuneConfig, load_clips, load_config, with_absolute_paths
 from tav_jax.runs.dry_run import describe_plan
 from tav_jax.runs.lock import lock_run
+from tav_jax.runs.loggers import Loggers, require_loggers
 from tav_jax.runs.render import render
 from tav_jax.runs.run import Run
 from tav_jax.runs.samples import Sample, default_sample, is_done
@@ -30,6 +33,7 @@ def tune(config: TuneConfig, programs: Programs | None = None) -> None:
         config: The run's settings.
         programs: Train steps that earlier runs have compiled; this run's step is added.
     """
+    require_loggers(config.log)
     run = Run.create(with_absolute_paths(config))
     with lock_run(run.folder):
         tune_alone(run, {} if programs is None else programs)
@@ -48,7 +52,10 @@ def tune_alone(run: Run, programs: Programs) -> None:
         run.remove_partials()
         remove_unfinished(run.checkpoints)
         with run.kept():
-            finish(tuning)
+            with closing(Loggers(run, tuning.start)) as tuning.loggers:
+                finish(tuning)
+            if distributed.is_main_process():
+                renew_report(run)
 
 
 def owes_samples(tuning: Tuning) -> bool:
@@ -113,7 +120,17 @@ def validate(tuning: Tuning, step: int) -> None:
     run = tuning.run
     samples = validation_samples(run, step)
     is_wanted = distributed.broadcast_from_main(missing_samples(run, step))
-    render(run, run.samples(step), samples, is_wanted, tuning.tuned_model, tuning.stages)
+    folder, loggers = run.samples(step), tuning.loggers
+    assert loggers is not None
+
+    def log_video(path: Path) -> None:
+        loggers.video(step, path)
+
+    if step > loggers.start:  # videos of an earlier start, whose events are dropped
+        for sample, flag in zip(samples, is_wanted, strict=True):
+            if not flag:
+                log_video(folder / f"{sample.stem}.{run.config.validation_data.video_format}")
+    render(run, folder, samples, is_wanted, tuning.tuned_model, tuning.stages, on_written=log_video)
 
 
 def tune_all(configs: Sequence[TuneConfig]) -> None:
@@ -126,6 +143,7 @@ def tune_all(configs: Sequence[TuneConfig]) -> None:
     problems = []
     for config in configs:
         try:
+            require_loggers(config.log)
             run = Run.create(with_absolute_paths(config))
             run.clip()
             run.check_additions()

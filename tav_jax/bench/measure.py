@@ -1,6 +1,5 @@
 """Compile and time the programs of one setting."""
 
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from tav_jax.training.memory import (
     compile_plan,
     device_bytes,
     fitting_preset,
+    peak_bytes,
     planned_bytes,
 )
 
@@ -211,14 +211,6 @@ def time_program(program: Program, compiled: jax.stages.Compiled, repeats: int) 
     runs = program.runs(compiled)
     next(runs)  # not counted: it also makes the inputs
     return statistics.median(_seconds(lambda: next(runs)) for _ in range(repeats))
-
-
-def peak_bytes() -> int:
-    """Return the most memory used so far: of the first device or, on a CPU, of the process."""
-    memory = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in memory:
-        return memory["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure_matmul(dtype: str) -> float:

@@ -14,7 +14,7 @@ from tav_jax.errors import MissingFileError, UserError
 from tav_jax.reading import read_json, read_text
 from tav_jax.runs.overview import shown
 from tav_jax.runs.run import Run
-from tav_jax.runs.samples import Frames, Sample, sample_size
+from tav_jax.runs.samples import Frames, Sample, sample_size, sampled_steps, video_records
 from tav_jax.text import brief
 from tav_jax.video.read import read_all_frames
 
@@ -74,11 +74,7 @@ def examples_of_run(name: str | None, folder: Path, step: int | None = None) -> 
         UserError: The folder is no run, or has no videos.
     """
     run = Run.open(folder)
-    steps = {
-        int(number): path
-        for path in run.samples(0).parent.glob("sample-*")
-        if (number := path.name.removeprefix("sample-")).isdecimal() and _records(path)
-    }
+    steps = sampled_steps(run)
     if not steps:
         raise MissingFileError(f"--run: {folder} has no videos yet; sample some first")
     if step is not None and step not in steps:
@@ -86,7 +82,7 @@ def examples_of_run(name: str | None, folder: Path, step: int | None = None) -> 
         raise MissingFileError(f"--step: {folder} has no videos of step {step}; there are {there}")
     suffix = run.config.validation_data.video_format
     chosen = steps[max(steps) if step is None else step]
-    videos = {path.with_suffix(f".{suffix}"): path for path in _records(chosen)}
+    videos = {path.with_suffix(f".{suffix}"): path for path in video_records(chosen)}
     return [
         Example(
             name or folder.resolve().name,
@@ -99,15 +95,6 @@ def examples_of_run(name: str | None, folder: Path, step: int | None = None) -> 
         )
         for video, record in videos.items()
     ]
-
-
-def _records(folder: Path) -> list[Path]:
-    """Return the records of a folder's videos that are there."""
-    return sorted(
-        path
-        for path in folder.glob("[!.]*.json")
-        if any(path.with_suffix(f".{kind}").is_file() for kind in ("mp4", "gif"))
-    )
 
 
 def examples_of_systems(folders: dict[str, Path], table: Path) -> list[Example]:

@@ -71,7 +71,26 @@ def score_examples(
         network_digest = where.digest() if where else ""
         kept = [_Kept(store, digest, network_digest) for digest in digests]
         _score_group(results, group, kept, where)
+    for result, digest in zip(results, digests, strict=True):
+        last = _last_scores(store, digest)
+        if (scores := last.read()) != scores | result.scores:
+            last.write(scores | result.scores)
     return results
+
+
+def last_scores(examples: Sequence[Example], store: Path | None) -> list[dict[str, float]]:
+    """Return the scores that were last computed of examples, by whatever networks.
+
+    Nothing is computed. An example that cannot be read has none.
+    """
+    found = []
+    for example in examples:
+        scores: dict[str, float] = {}
+        if store is not None and any(store.iterdir()):
+            with suppress(UserError, OSError):
+                scores = _last_scores(store, _digest(example, read_material(example))).read()
+        found.append(scores)
+    return found
 
 
 def _locate_all(
@@ -130,7 +149,7 @@ def _placed(clip: Clip) -> Clip:
 
 
 class _Kept:
-    """The kept scores of one content by one network."""
+    """The kept scores of one content by one network, which a digest names."""
 
     def __init__(self, store: Path | None, content: str, network: str):
         key = hashlib.sha256(f"{VERSION} {content} {network}".encode()).hexdigest()
@@ -151,6 +170,11 @@ class _Kept:
         if self.file is not None and values:
             with atomic_write(self.file) as path:
                 path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def _last_scores(store: Path | None, content: str) -> _Kept:
+    """Return the record of the last scores of one content."""
+    return _Kept(store, content, "any")
 
 
 def _digest(example: Example, material: Material) -> str:

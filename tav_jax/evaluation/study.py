@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +21,8 @@ from typing import NamedTuple
 
 from tav_jax.errors import UserError
 from tav_jax.evaluation.examples import Example, raise_all
-from tav_jax.files import atomic_write
 from tav_jax.reading import read_text
-from tav_jax.video.read import read_all_frames
-from tav_jax.video.write import write_video
+from tav_jax.video.pages import data_url, fill_page, write_page
 
 PAGE = Path(__file__).with_name("study.html")
 MARK = "/*study*/"  # where the page's data goes
@@ -36,7 +33,6 @@ QUESTIONS = {
 }
 COLUMNS = ("study", "rater", "pair", "prompt", "question", "left", "right", "answer")
 SIDES = ("left", "right")
-MIME = {".mp4": "video/mp4", ".gif": "image/gif"}
 MOST_BYTES = 200 * 2**20  # of a page; browsers keep a page's text several times
 
 
@@ -86,7 +82,7 @@ def write_study(path: Path, pairs: Sequence[Pair], seed: int, fps: float) -> str
     """
     # Each once: the first system's videos are in a pair with each other system's.
     files = dict.fromkeys(one.video for one in itertools.chain.from_iterable(pairs))
-    videos = {video: _data_url(video, fps) for video in files}
+    videos = {video: data_url(video, fps) for video in files}
     if (size := sum(map(len, videos.values()))) > MOST_BYTES:
         raise UserError(
             f"--study: the videos take {size / 2**20:.0f} MB, a page at most "
@@ -114,24 +110,8 @@ def write_study(path: Path, pairs: Sequence[Pair], seed: int, fps: float) -> str
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     # A script of JSON ends at the first tag that closes it, whatever the quotes.
     data = json.dumps({"study": name, **study}).replace("<", "\\u003c")
-    with atomic_write(path) as partial:
-        page = PAGE.read_text(encoding="utf-8").replace(MARK, data)
-        partial.write_text(page, encoding="utf-8")
+    write_page(path, fill_page(PAGE, {MARK: data}))
     return name
-
-
-def _data_url(video: Path, fps: float) -> str:
-    """Return a video that browsers play, as the text of a URL."""
-    suffix = video.suffix.lower()
-    if suffix in MIME and video.is_file():
-        content = video.read_bytes()
-    else:
-        suffix = ".mp4"
-        with tempfile.TemporaryDirectory() as folder:
-            made = Path(folder) / "video.mp4"
-            write_video(made, read_all_frames(video), fps=fps)
-            content = made.read_bytes()
-    return f"data:{MIME[suffix]};base64,{base64.b64encode(content).decode()}"
 
 
 @dataclass(frozen=True)

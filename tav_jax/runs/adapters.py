@@ -141,6 +141,7 @@ def portable(config: TuneConfig) -> TuneConfig:
         resume_from_checkpoint=None,
         loras=tuple(replace(lora, path=name(lora.path)) for lora in config.loras),
         embeddings=tuple(map(name, config.embeddings)),
+        log=(),
     )
 
 

@@ -10,7 +10,7 @@ from tav_jax.text import brief, shorten
 
 # Keys that change how a run is computed, but not its result. A run may resume with other values.
 EXECUTION_KEYS = (
-    *("attention", "gradient_checkpointing", "memory_limit_gb"),
+    *("attention", "gradient_checkpointing", "log", "memory_limit_gb"),
     *("mesh.data", "mesh.frames", "mesh.fsdp"),
 )
 # Keys that name files. What counts is the content, of which a run has digests. So it is with the

@@ -65,6 +65,16 @@ Checkpointing = Annotated[
     BeforeValidator(lambda value: ("none", "blocks")[value] if isinstance(value, bool) else value),
 ]
 
+
+def _as_words(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(dict.fromkeys(value)) if all(isinstance(v, str) for v in value) else value
+    return () if value is None else (value,)
+
+
+LogName = Literal["tensorboard", "wandb", "trackio"]
+Logs = Annotated[tuple[LogName, ...], BeforeValidator(_as_words)]
+
 # None is "auto".
 ClipFps = Annotated[Fps | None, BeforeValidator(lambda value: None if value == "auto" else value)]
 
@@ -74,6 +84,7 @@ UNSET: dict[str, Any] = {
     "embeddings": [],
     "prompt_syntax": "plain",
     "validation_data.prompt_syntax": None,
+    "log": [],
 }
 
 # The first and the last line of a run's config.yaml: what begins with one and lacks the other has
@@ -257,6 +268,8 @@ class TuneConfig:
         embeddings: Files of words that were learnt by textual inversion.
         prompt_syntax: How the caption is written, see `SamplingSettings`, and by default the
             prompts.
+        log: Where metrics go besides the run's own `metrics.jsonl`: a word or a list of
+            "tensorboard", "wandb" and "trackio".
     """
 
     pretrained_model_path: PathText
@@ -294,6 +307,7 @@ class TuneConfig:
     loras: tuple[Lora, ...] = ()
     embeddings: tuple[PathText, ...] = ()
     prompt_syntax: PromptSyntax = "plain"
+    log: Logs = ()
 
     def __post_init__(self) -> None:
         train, validation = self.train_data, self.validation_data

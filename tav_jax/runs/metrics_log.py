@@ -2,19 +2,21 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
-from tav_jax.errors import NotLearningError
+from tav_jax.errors import NotLearningError, UserError
 from tav_jax.files import keep_json_lines
+from tav_jax.reading import MOST_RECORD_BYTES, parse_json, read_text
+from tav_jax.training.memory import peak_bytes
 
 
 class Stages:
-    """Seconds by stage. `with stages("decode"): ...` adds to those of "decode".
+    """Time and memory by stage. `with stages("decode"): ...` adds to the seconds of "decode".
 
     JAX computes asynchronously, so a stage must wait for its results. Otherwise their time would
     be counted with the stage that first uses them.
@@ -22,6 +24,7 @@ class Stages:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.bytes: dict[str, dict[str, int]] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -35,12 +38,20 @@ class Stages:
     def add(self, name: str, seconds: float) -> None:
         """Add seconds to a stage."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.note(name, peak_bytes=peak_bytes())
 
-    def taken(self) -> dict[str, float]:
-        """Return the seconds by stage, rounded, and start again from zero."""
-        seconds = {name: round(value, 4) for name, value in self.seconds.items()}
-        self.seconds = {}
-        return seconds
+    def note(self, name: str, **sizes: int) -> None:
+        """Record bytes for a stage: `peak_bytes` of the process so far, or `planned_bytes`."""
+        self.bytes.setdefault(name, {}).update(sizes)
+
+    def taken(self) -> dict[str, dict[str, float]]:
+        """Return seconds, rounded, and bytes by stage, and start again from zero."""
+        taken = {
+            name: {"seconds": round(value, 4), **self.bytes.get(name, {})}
+            for name, value in self.seconds.items()
+        }
+        self.seconds, self.bytes = {}, {}
+        return taken
 
 
 def keep_metrics(metrics: Path, steps: int) -> None:
@@ -48,8 +59,27 @@ def keep_metrics(metrics: Path, steps: int) -> None:
     keep_json_lines(metrics, lambda line: line["step"] <= steps)
 
 
-def log(file: TextIO, steps: Sequence[dict], seconds: float) -> None:
+def read_metrics(metrics: Path) -> list[dict[str, Any]]:
+    """Return what a run has logged, without lines that are damaged or half-written."""
+    lines = []
+    for line in read_text(metrics, MOST_RECORD_BYTES).split("\n") if metrics.exists() else ():
+        with suppress(UserError):
+            values = parse_json(line, str(metrics))
+            if type(values.get("step")) is int:
+                lines.append(values)
+    return lines
+
+
+def log(
+    file: TextIO, steps: Sequence[dict], seconds: float, also: Callable[[dict], object] | None
+) -> None:
     """Write one line for each step, with the mean time of a step.
+
+    Args:
+        file: The metrics.
+        steps: Each with "step", "loss", "grad_norm" and "lr".
+        seconds: The mean time of a step.
+        also: Is given each line, too.
 
     Raises:
         NotLearningError: A loss or a gradient norm is not finite.
@@ -59,7 +89,10 @@ def log(file: TextIO, steps: Sequence[dict], seconds: float) -> None:
         line = {"step": metrics["step"], "loss": loss, "grad_norm": grad_norm}
         line |= {"lr": metrics["lr"], "seconds": round(seconds, 4)}
         broken = [name for name, value in line.items() if not np.isfinite(value)]
-        file.write(json.dumps(line | dict.fromkeys(broken)) + "\n")  # JSON has no NaN
+        line |= dict.fromkeys(broken)  # JSON has no NaN
+        file.write(json.dumps(line) + "\n")
+        if also is not None:
+            also(line)
         if broken:
             raise NotLearningError(
                 f"step {line['step']}: loss {loss}, grad_norm {grad_norm}; lower learning_rate, or "
@@ -68,6 +101,6 @@ def log(file: TextIO, steps: Sequence[dict], seconds: float) -> None:
 
 
 def log_stages(file: TextIO, step: int, stages: Stages) -> None:
-    """Write where the time went since this was last written, a line a stage."""
-    for stage, seconds in stages.taken().items():
-        file.write(json.dumps({"step": step, "stage": stage, "seconds": seconds}) + "\n")
+    """Write where time and memory went since this was last written, a line a stage."""
+    for stage, taken in stages.taken().items():
+        file.write(json.dumps({"step": step, "stage": stage, **taken}) + "\n")

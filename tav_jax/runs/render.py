@@ -31,6 +31,7 @@ def render(
     stages: Stages,
     *,
     batch_size: int = 1,
+    on_written: Callable[[Path], object] | None = None,
 ) -> list[Path]:
     """Write the wanted samples and then the folder's overview; return the videos' paths.
 
@@ -44,6 +45,7 @@ def render(
         load_model: Gives the run's model at the samples' checkpoint.
         stages: Is told the time of inversion, sampling, decoding and writing.
         batch_size: Prompts and seeds sampled at once.
+        on_written: Is told each video's path when it is there.
     """
     wanted = [sample for sample, flag in zip(samples, is_wanted, strict=True) if flag]
     fresh: dict[Path, Frames] = {}
@@ -54,6 +56,8 @@ def render(
         ):
             say(f"wrote {path}")
             written.append(path)
+            if on_written is not None:
+                on_written(path)
             fresh[path] = video
             if len(fresh) > ROWS_OF_SHEET:  # the sheet shows no more of them
                 del fresh[next(iter(fresh))]

@@ -192,6 +192,24 @@ def _differing(made: Mapping[str, object], sample: Sample) -> list[tuple[str, ob
     ]
 
 
+def sampled_steps(run: Run) -> dict[int, Path]:
+    """Return a run's folders that have samples, by the checkpoints that these are from."""
+    return {
+        int(number): folder
+        for folder in run.samples(0).parent.glob("sample-*")
+        if (number := folder.name.removeprefix("sample-")).isdecimal() and video_records(folder)
+    }
+
+
+def video_records(folder: Path) -> list[Path]:
+    """Return the records of a folder's videos that are there."""
+    return sorted(
+        path
+        for path in folder.glob("[!.]*.json")
+        if any(path.with_suffix(f".{kind}").is_file() for kind in ("mp4", "gif"))
+    )
+
+
 def group_by_batch_key(samples: Sequence[Sample]) -> list[list[Sample]]:
     """Return the samples in lists that can be sampled together."""
     groups: dict[tuple[int, SamplingSettings], list[Sample]] = {}

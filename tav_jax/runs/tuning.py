@@ -31,6 +31,7 @@ from tav_jax.pretrained.model import Model
 from tav_jax.pretrained.prompts import count_chunks, prompt_tokens
 from tav_jax.progress import progress_bar
 from tav_jax.runs.config import TuneConfig, ValidationData
+from tav_jax.runs.loggers import Loggers
 from tav_jax.runs.metrics_log import Stages, keep_metrics, log, log_stages
 from tav_jax.runs.run import Run
 from tav_jax.stopping import Stopped, received, when_stopped
@@ -43,6 +44,7 @@ from tav_jax.training.memory import (
     compile_plan,
     device_bytes,
     fitting_preset,
+    planned_bytes,
 )
 from tav_jax.training.optimizer import Label, label_params, make_lr_schedule, make_optimizer
 from tav_jax.training.train_step import TrainState, check_movement, fingerprints, init_state
@@ -85,6 +87,7 @@ class Tuning:
         program: The compiled train step.
         inputs: Its other arguments: moments, context and schedule.
         stages: Where the time goes.
+        loggers: Where metrics and samples go besides the run's folder.
     """
 
     run: Run
@@ -95,6 +98,7 @@ class Tuning:
     stages: Stages
     program: jax.stages.Compiled | None = None
     inputs: tuple[Any, ...] = ()
+    loggers: Loggers | None = None
 
     @property
     def start(self) -> int:
@@ -209,6 +213,7 @@ def prepare_step(
         if key not in programs:
             programs[key] = fitting_program(config, train_step, tuning.state, tuning.inputs)
         preset, tuning.program = programs[key]
+    stages.note("compile", planned_bytes=planned_bytes(tuning.program))
     unet = tuning.state.unet.with_compute(gradient_checkpointing=preset)
     tuning.state = tuning.state._replace(unet=unet)
 
@@ -225,7 +230,7 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
     """
     run, config, stages = tuning.run, tuning.run.config, tuning.stages
     assert tuning.program is not None
-    start, end = tuning.start, tuning.end
+    start, end, loggers = tuning.start, tuning.end, tuning.loggers
     if is_main_process():
         keep_metrics(run.metrics, start)
     metrics_path = run.metrics if is_main_process() else Path(os.devnull)
@@ -259,7 +264,9 @@ def fit(tuning: Tuning) -> Generator[int, None, None]:
             stages.add("tune", time.perf_counter() - began)
             seconds = (time.perf_counter() - began) / len(unseen)
             run.require_folder()
-            log(metrics_file, unseen, seconds)
+            log(metrics_file, unseen, seconds, loggers.scalars if loggers else None)
+            if loggers:
+                loggers.flush()
             bar.update(len(unseen))
             # All processes of a job read their metrics and stop at the same steps.
             a_second = max(1, min(MOST_STEPS_UNSEEN, int(1 / seconds)))
@@ -341,6 +348,7 @@ def step_settings(config: TuneConfig) -> TuneConfig:
         loras=(),
         embeddings=(),
         prompt_syntax="plain",
+        log=(),
     )
 
 

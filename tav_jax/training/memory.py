@@ -2,6 +2,8 @@
 
 import math
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -120,6 +122,15 @@ def device_bytes() -> int:
     if "bytes_limit" in statistics:
         return statistics["bytes_limit"]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_bytes() -> int:
+    """Return the most memory used so far: of the first device or, on a CPU, of the process."""
+    memory = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in memory:
+        return memory["peak_bytes_in_use"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def compile_plan(compile: Callable[[], jax.stages.Compiled]) -> Plan:

@@ -18,8 +18,6 @@ from jaxtyping import UInt8
 from tav_jax.errors import MACHINE_ERRNOS
 from tav_jax.files import own_writers
 
-CRF = 18  # x264's guide: "visually lossless or nearly so".
-
 BT709 = (
     # swscale would convert by BT.601's matrix, and its defaults are up to 4 levels off.
     "-vf",
@@ -29,13 +27,13 @@ BT709 = (
 )
 
 
-def encode_mp4(path: Path, frames: UInt8[np.ndarray, "f H W 3"], rate: Fraction) -> None:
+def encode_mp4(path: Path, frames: UInt8[np.ndarray, "f H W 3"], rate: Fraction, crf: int) -> None:
     """Write an h264 that browsers play; an odd side grows by a repetition of its last line."""
     _, height, width, _ = frames.shape
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     options = (*BT709, "-movflags", "+faststart")
     _encode(
-        path, frames, rate, codec="libx264", crf=CRF, encoded_format="yuv420p", ffmpeg_args=options
+        path, frames, rate, codec="libx264", crf=crf, encoded_format="yuv420p", ffmpeg_args=options
     )
 
 

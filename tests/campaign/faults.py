@@ -47,8 +47,12 @@ def remount(folder: Path, options: str) -> None:
 
 
 def size_of(folder: Path) -> int:
-    """Returns the bytes that a folder takes on a disk of 4 KB blocks."""
-    return sum(-(-path.stat().st_size // 4096) * 4096 or 4096 for path in folder.rglob("*"))
+    """Returns the bytes that a run takes on a disk of 4 KB blocks without its page.
+
+    A run that has no room for the page alone is finished.
+    """
+    paths = [path for path in folder.rglob("*") if path.name != "report.html"]
+    return sum(-(-path.stat().st_size // 4096) * 4096 or 4096 for path in paths)
 
 
 class Campaign:

@@ -73,6 +73,7 @@ def test_a_run_has_the_files_of_the_contract(finished_run):
         "config.yaml",
         "inputs.json",
         "metrics.jsonl",
+        "report.html",
         "checkpoints",
         "inv_latents",
         "samples",
@@ -104,9 +105,13 @@ def test_a_step_has_a_line_of_metrics(finished_run):
         assert line["seconds"] >= 0
 
 
-def test_a_run_says_where_its_time_went(finished_run):
+def test_a_run_says_where_its_time_and_memory_went(finished_run):
     lines = [line for line in read_lines(finished_run.folder) if "stage" in line]
-    assert [list(line) for line in lines] == [["step", "stage", "seconds"]] * len(lines)
+    for line in lines:
+        planned = ["planned_bytes"] if line["stage"] == "compile" else []
+        assert list(line) == ["step", "stage", "seconds", "peak_bytes", *planned]
+        assert all(0 < line[name] < 2**40 for name in ("peak_bytes", *planned))
+    assert [line["peak_bytes"] for line in lines] == sorted(line["peak_bytes"] for line in lines)
     stages = {(line["step"], line["stage"]): line["seconds"] for line in lines}
     assert len(stages) == len(lines)
     # Written where the loop pauses: the check of movement and a checkpoint at 3, samples at 4,

@@ -194,7 +194,9 @@ def test_the_dump_is_complete():
     names = [field.name for field in fields(TuneConfig)]
     assert list(tree) == [name for name in names if name not in UNSET], "as in earlier versions"
     every = parse_config(
-        SMALLEST | {"loras": ["a.safetensors"], "embeddings": ["b.pt"], "prompt_syntax": "weighted"}
+        SMALLEST
+        | {"loras": ["a.safetensors"], "embeddings": ["b.pt"], "prompt_syntax": "weighted"}
+        | {"log": "tensorboard"}
     )
     assert list(yaml.safe_load(dump_config(every))) == names
     assert list(tree["train_data"]) == [field.name for field in fields(TrainData)]
@@ -499,6 +501,7 @@ def _another(settings, field):
         "fps": 12.0,
         "loras": (LoraFile("another"),),
         "prompt_syntax": "weighted",
+        "log": ("wandb",),
     }
     value = getattr(settings, field.name)
     if field.name in choices:

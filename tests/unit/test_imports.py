@@ -19,6 +19,7 @@ FLOORS = (
     {"console"},
     {"runs"},
     {"evaluation"},
+    {"report"},
     {"worlds", "bench", "tune", "sample", "batch", "check", "convert"},
     {"evaluate"},
     {"scenes"},  # the former names of the commands in worlds
