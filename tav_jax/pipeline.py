@@ -40,9 +40,8 @@ from tav_jax.parallel.sharding import (
     video_sharding,
 )
 from tav_jax.pretrained.model import Model
-from tav_jax.pretrained.prompts import count_chunks, prompt_tokens
+from tav_jax.pretrained.prompts import PromptSyntax, count_chunks, prompt_tokens
 from tav_jax.progress import progress_bar
-from tav_jax.settings import PromptSyntax
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
 from tav_jax.training.train_step import TrainState, init_state, train_step
 from tav_jax.types import Context, Latents, Moments, PixelValues, PRNGKey, Scalar

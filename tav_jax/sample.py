@@ -10,6 +10,7 @@ from typing import Any, get_args
 from tav_jax.console import Parser, command
 from tav_jax.diffusion.samplers import SamplerName
 from tav_jax.errors import UserError
+from tav_jax.pretrained.prompts import PromptSyntax
 from tav_jax.reading import read_text
 from tav_jax.runs.adapters import find_adapter, unpack_adapter
 from tav_jax.runs.config import LoraFile, parse_mesh
@@ -19,7 +20,6 @@ from tav_jax.runs.sampling_settings import SETTING_NAMES, SamplingSettings
 from tav_jax.settings import (
     BatchSize,
     PathText,
-    PromptSyntax,
     Text,
     WrongSettingsError,
     parse,

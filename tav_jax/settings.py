@@ -13,8 +13,6 @@ from types import UnionType
 from typing import (
     Annotated,
     Any,
-    Literal,
-    TypeAlias,
     TypeVar,
     Union,
     get_args,
@@ -78,7 +76,6 @@ GuidanceScale = Annotated[Number, Field(ge=0, le=1000)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Decay = Annotated[Number, Field(ge=0, lt=1)]
 Rate = Annotated[Number, Field(ge=1e-12, le=1000)]  # 0 would learn nothing
-PromptSyntax: TypeAlias = Literal["plain", "weighted"]
 LoraScale = Annotated[Number, Field(ge=-100, le=100)]
 Positive = Annotated[Number, Field(gt=0)]
 Fps = Annotated[Number, Field(ge=0.1, le=1000)]

@@ -14,15 +14,16 @@ An open bracket that is never closed reaches to the end; a closing one without a
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from tav_jax.errors import UserError
 from tav_jax.pretrained.model import Model, frame_tokens, token_ids, tokenize
-from tav_jax.settings import PromptSyntax
 from tav_jax.text import brief, shorten
+
+PromptSyntax = Literal["plain", "weighted"]
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 MOST_WEIGHT = 100.0

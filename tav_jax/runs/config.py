@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from tav_jax.errors import UserError
 from tav_jax.models.attention.dispatch import AttentionImplementation, AttentionScope
 from tav_jax.parallel.processes import broadcast_number_from_main
+from tav_jax.pretrained.prompts import PromptSyntax
 from tav_jax.reading import read_text, read_yaml, why_not_a_file
 from tav_jax.runs.sampling_settings import SamplingSettings, select_settings
 from tav_jax.settings import (
@@ -31,7 +32,6 @@ from tav_jax.settings import (
     NumSteps,
     PathText,
     Positive,
-    PromptSyntax,
     Rate,
     Seed,
     Size,

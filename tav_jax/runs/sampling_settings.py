@@ -10,7 +10,8 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from tav_jax.diffusion.samplers import SamplerName, check_eta
-from tav_jax.settings import STRICT, GuidanceScale, NumSteps, PromptSyntax, Share, Text, parse
+from tav_jax.pretrained.prompts import PromptSyntax
+from tav_jax.settings import STRICT, GuidanceScale, NumSteps, Share, Text, parse
 
 
 @dataclass(frozen=True, config=STRICT)
