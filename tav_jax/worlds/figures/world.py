@@ -24,7 +24,13 @@ FIGURES = World(
     model="tiny-figures",
     size=SIZE,
     recipe=Recipe(
-        world="figures", scenes=10_000, vae_steps=4_000, vae_batch=16, checkpointing_steps=500
+        world="figures",
+        scenes=10_000,
+        vae_steps=1_600,
+        vae_batch=16,
+        batch=32,
+        learning_rate=1.2e-3,
+        checkpointing_steps=500,
     ),
     vae=VAE,
     unet=UNET,
