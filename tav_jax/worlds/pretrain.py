@@ -1,8 +1,8 @@
 """python -m tav_jax.worlds.pretrain: train the base model of a drawn world from nothing.
 
-First the autoencoder is trained, then the text encoder and the U-Net together. The result is a
-Stable Diffusion folder. Each stage resumes from its newest checkpoint and writes its training curve
-to `metrics.jsonl`.
+First the autoencoder is trained, then its decoder alone, then the text encoder and the U-Net
+together. The result is a Stable Diffusion folder. Each stage resumes from its newest checkpoint and
+writes its training curve to `metrics.jsonl`.
 """
 
 import sys
@@ -22,6 +22,7 @@ from tav_jax.settings import override, parse
 from tav_jax.video.sheets import contact_sheet
 from tav_jax.video.write import write_image
 from tav_jax.worlds.autoencoder import Evaluation, train_autoencoder
+from tav_jax.worlds.decoder import refine_decoder
 from tav_jax.worlds.diffusion import train_diffusion
 from tav_jax.worlds.networks import init_autoencoder, init_model, scheduler_config
 from tav_jax.worlds.recipe import Recipe, Stream, generator, training_keys
@@ -43,15 +44,18 @@ def pretrain(recipe: Recipe, output_dir: Path) -> None:
     claim_folder(output_dir, recipe)
     world, keys = WORLDS[recipe.world], training_keys(recipe.seed)
     training_set = make_training_set(world, recipe)
+    evaluation = reconstruction_evaluation(world, recipe)
     vae = train_autoencoder(
         world,
         recipe,
         init_autoencoder(world, keys),
         training_set,
-        reconstruction_evaluation(world, recipe),
+        evaluation,
         output_dir / "autoencoder",
         keys.autoencoder_steps,
     )
+    folder = output_dir / "decoder"
+    vae = refine_decoder(world, recipe, vae, training_set, evaluation, folder, keys.decoder_steps)
     folder = output_dir / "diffusion"
     model = train_diffusion(
         recipe,

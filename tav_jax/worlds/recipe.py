@@ -18,6 +18,7 @@ from tav_jax.settings import (
     Seed,
     Share,
     Steps,
+    StepsFromZero,
 )
 from tav_jax.types import PRNGKey
 
@@ -38,6 +39,7 @@ class Recipe:
         vae_steps: Training steps of the autoencoder.
         vae_batch: Images in one of its batches.
         vae_learning_rate: Peak learning rate of the autoencoder.
+        decoder_steps: Further steps of the decoder alone, after which images are sharper.
         kl_weight: Weight of the KL divergence of the posterior, a mean over latent values.
         silhouette_weight: Weight of the squared error between the first latent channel and the
             subject's silhouette.
@@ -64,6 +66,7 @@ class Recipe:
     vae_steps: Steps = 2_200
     vae_batch: BatchSize = 32
     vae_learning_rate: Rate = 2e-3
+    decoder_steps: StepsFromZero = 0
     kl_weight: GuidanceScale = 1e-4
     silhouette_weight: GuidanceScale = 0.3
     prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
@@ -92,6 +95,7 @@ class TrainingKeys(NamedTuple):
     text_encoder_init: PRNGKey
     unet_init: PRNGKey
     diffusion_steps: PRNGKey
+    decoder_steps: PRNGKey
 
 
 def training_keys(seed: int) -> TrainingKeys:
@@ -106,6 +110,7 @@ def training_keys(seed: int) -> TrainingKeys:
         text_encoder_init=text_encoder_init,
         unet_init=unet_init,
         diffusion_steps=jax.random.key(seed + 3),
+        decoder_steps=jax.random.key(seed + 4),
     )
 
 
@@ -116,6 +121,7 @@ class Stream(IntEnum):
     AUTOENCODER_EVALUATION = 2
     CAPTIONS = 3
     DIFFUSION_BATCH = 4
+    DECODER_BATCH = 5
 
 
 def generator(seed: int, stream: Stream, *step: int) -> np.random.Generator:

@@ -1,6 +1,7 @@
 """The base model's training, from nothing to a folder, with very few of everything."""
 
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -12,14 +13,16 @@ from tav_jax.models.vae import AutoencoderKL
 from tav_jax.pretrained.model import load_model, tokenize
 from tav_jax.worlds import pretrain
 from tav_jax.worlds.autoencoder import LATENT_DEVIATIONS, normalise_latents
+from tav_jax.worlds.decoder import refine_decoder
 from tav_jax.worlds.figures.world import FIGURES
 from tav_jax.worlds.text_to_image import draw
 from tav_jax.worlds.tiny_scenes.networks import VAE
 from tav_jax.worlds.tiny_scenes.scenes import SIZE, WORDS
 from tav_jax.worlds.tiny_scenes.world import TINY_SCENES
+from tav_jax.worlds.training_set import make_training_set
 
 FEW = (
-    *("scenes=24", "vae_steps=4", "vae_batch=4", "steps=4", "batch=8"),
+    *("scenes=24", "vae_steps=4", "vae_batch=4", "decoder_steps=4", "steps=4", "batch=8"),
     *("group_share=1", "probe=3", "checkpointing_steps=2"),
 )
 
@@ -45,9 +48,22 @@ def weights(folder):
 
 
 def test_every_stage_leaves_its_curve_and_its_figure(trained):
-    for stage in ("autoencoder", "diffusion"):
+    for stage in ("autoencoder", "decoder", "diffusion"):
         assert (trained / stage / "metrics.jsonl").read_text().count('"step": 4') == 1
     assert (trained / "diffusion/pictures.png").is_file()
+
+
+def test_the_decoder_learns_alone(tmp_path):
+    recipe = replace(TINY_SCENES.recipe, scenes=6, vae_batch=4, decoder_steps=2)
+    vae = init_network(AutoencoderKL, VAE, jax.random.key(0))
+    training_set = make_training_set(TINY_SCENES, recipe)
+    evaluation = pretrain.reconstruction_evaluation(TINY_SCENES, recipe)
+    arguments = (training_set, evaluation, tmp_path, jax.random.key(1))
+    refined = refine_decoder(TINY_SCENES, recipe, vae, *arguments)
+    changed = {k for k, v in refined.params.items() if not np.array_equal(v, vae.params[k])}
+    assert changed == {k for k in vae.params if k.startswith(("decoder.", "post_quant_conv."))}
+    unchanged = refine_decoder(TINY_SCENES, replace(recipe, decoder_steps=0), vae, *arguments)
+    assert unchanged is vae
 
 
 def test_the_folder_is_a_model_that_draws(trained):

@@ -28,6 +28,7 @@ FIGURES = World(
         scenes=10_000,
         vae_steps=1_600,
         vae_batch=16,
+        decoder_steps=6_000,
         batch=32,
         learning_rate=1.2e-3,
         checkpointing_steps=500,
