@@ -20,6 +20,7 @@ from tav_jax.text import printable, shorten
 
 SUFFIXES = (".safetensors", ".ckpt")
 INDEX_NAME = "model_index.json"
+INCOMPLETE = "the file is incomplete or of another kind"
 
 # What the names of a whole model's tensors begin with.
 PARTS = {
@@ -152,6 +153,8 @@ def _read(path: Path, dtype: Any) -> Any:
             "`hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --include '*.json' '*.txt'`"
         ) from None
     except Exception as error:  # of diffusers, PyTorch and transformers
+        if "meta tensor" in str(error):  # where accelerate is installed
+            raise UserError(f"{path}: it lacks tensors; {INCOMPLETE}") from None
         raise _refusal(path, error) from None
 
 
@@ -206,7 +209,7 @@ def _check_complete(path: Path, names: list[str], pipeline: Any) -> None:
         if there != needed:
             raise UserError(
                 f"{path}: its {part} has {there} tensors, and {needed} in the version of Stable "
-                "Diffusion that diffusers takes it for; the file is incomplete or of another kind"
+                f"Diffusion that diffusers takes it for; {INCOMPLETE}"
             )
 
 

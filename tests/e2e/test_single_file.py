@@ -103,12 +103,12 @@ def test_float16_stays_float16(original, hub_cache, tmp_path):
         (lambda t: {k: v for k, v in t.items() if "first_stage" not in k}, "without its VAE"),
         (
             lambda t: {k: v for k, v in t.items() if "decoder.conv_in.bias" not in k},
-            "its VAE has .* tensors",
+            "the file is incomplete",
         ),
         (lambda t: t | {"conditioner.embedders.0.x": t[next(iter(t))]}, "SDXL"),
         (
             lambda t: {k: v for k, v in t.items() if "middle_block" not in k},
-            "its U-Net has .* tensors, and .* in the version",
+            "the file is incomplete",
         ),
     ],
 )
