@@ -78,9 +78,14 @@ def test_it_is_converted_once_and_is_the_model_of_its_folder(
 
 
 def test_it_tunes_and_samples_as_its_folder_does(original, cli, write_config, hub_cache, tmp_path):
-    torch.save({"state_dict": {k: torch.from_numpy(v) for k, v in original.items()}}, "x.ckpt")
+    torch.save(
+        {"state_dict": {k: torch.from_numpy(v) for k, v in original.items()}}, tmp_path / "x.ckpt"
+    )
     made = []
-    for name, change in {"one": {"pretrained_model_path": "x.ckpt"}, "folder": {}}.items():
+    for name, change in {
+        "one": {"pretrained_model_path": str(tmp_path / "x.ckpt")},
+        "folder": {},
+    }.items():
         change |= {"output_dir": str(tmp_path / name), "max_train_steps": 2, "validation_steps": 2}
         done = cli(tune, "--config", write_config(**change))
         assert done.status == 0, done.err
