@@ -36,3 +36,8 @@ class _Repr(reprlib.Repr):
 
 _repr = _Repr()
 _repr.maxlevel, _repr.maxstring, _repr.maxother = 3, 60, 60
+
+
+def one_line(text: str, most: int = 300) -> str:
+    """Return text of several lines as one of at most that many characters."""
+    return shorten(" ".join(text.split()), most)

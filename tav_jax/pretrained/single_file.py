@@ -16,7 +16,7 @@ from tav_jax.errors import MissingFileError, UserError
 from tav_jax.files import atomic_folder, claim, require_space, user_cache
 from tav_jax.pretrained.weights import Stored, parse_header
 from tav_jax.reading import require_file
-from tav_jax.text import printable, shorten
+from tav_jax.text import one_line, printable
 
 SUFFIXES = (".safetensors", ".ckpt")
 INDEX_NAME = "model_index.json"
@@ -149,7 +149,7 @@ def _read(path: Path, dtype: Any) -> Any:
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise UserError(
             f"{path}: diffusers takes the model's configs and tokenizer from the Hub, once, and "
-            f"cannot: {shorten(' '.join(str(error).split()), 200)}. Where there is a network: "
+            f"cannot: {one_line(str(error), 200)}. Where there is a network: "
             "`hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --include '*.json' '*.txt'`"
         ) from None
     except Exception as error:  # of diffusers, PyTorch and transformers
@@ -159,8 +159,7 @@ def _read(path: Path, dtype: Any) -> Any:
 
 
 def _refusal(path: Path, reason: object) -> UserError:
-    why = shorten(" ".join(str(reason).split()), 300)
-    return UserError(f"{path}: diffusers cannot convert it: {why}")
+    return UserError(f"{path}: diffusers cannot convert it: {one_line(str(reason))}")
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from tav_jax.errors import UserError
 from tav_jax.runs.adapters import NAME_ON_HUB, portable, write_adapter
 from tav_jax.runs.config import TuneConfig, dump_config
 from tav_jax.runs.overview import sheet_of
-from tav_jax.runs.pipelines import write_pipeline
+from tav_jax.runs.pipelines import CONFIG_NAME, write_pipeline
 from tav_jax.runs.run import Run
 from tav_jax.runs.samples import BESIDE
-from tav_jax.text import shorten
+from tav_jax.text import one_line, shorten
 
 CARD = "README.md"
 IMAGES = "samples"  # the folder of the card's pictures
@@ -53,12 +53,12 @@ def write_publication(
             that is the base model, and otherwise none.
         scores: The mean score of the videos by metric.
     """
+    config = portable(run.config)
     if form == "pipeline":
         write_pipeline(run, folder, step)
     else:
         write_adapter(run, folder / NAME_ON_HUB, step=step, dtype=dtype, latents=latents)
-    config = portable(run.config)
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        (folder / CONFIG_NAME).write_text(dump_config(config), encoding="utf-8")
     pictures = _copy_pictures(run, step, folder / IMAGES)
     card = model_card(
         config, pictures, form=form, repo=repo, license_name=license_name, scores=scores or {}
@@ -176,7 +176,7 @@ def check_login() -> str:
         return str(HfApi().whoami()["name"])
     except Exception as error:  # no token, an old one, no network: each has its own class
         raise UserError(
-            f"--push: the Hub does not know who you are: {_one_line(error)}; "
+            f"--push: the Hub does not know who you are: {one_line(str(error), 200)}; "
             "`hf auth login` logs in with a token that may write"
         ) from None
 
@@ -196,9 +196,7 @@ def upload(folder: Path, repo: str, *, is_private: bool) -> str:
             folder_path=folder, repo_id=repo, commit_message="Tune-A-Video, written by tav_jax"
         )
     except Exception as error:
-        raise UserError(f"--push: {repo}: the Hub refuses it: {_one_line(error)}") from None
+        raise UserError(
+            f"--push: {repo}: the Hub refuses it: {one_line(str(error), 200)}"
+        ) from None
     return str(address)
-
-
-def _one_line(error: Exception) -> str:
-    return shorten(" ".join(str(error).split()), 200)
