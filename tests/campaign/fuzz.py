@@ -23,6 +23,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,8 +104,10 @@ def video_files() -> dict[str, bytes]:
             with av.open(str(path), "w") as file:
                 stream = file.add_stream(codec, rate=25, options=options)
                 stream.height, stream.width, stream.pix_fmt = 48, 64, pix_fmt
-                for pixels in frames:
-                    file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+                for number, pixels in enumerate(frames):
+                    frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+                    frame.pts, frame.time_base = number, Fraction(1, 25)
+                    file.mux(stream.encode(frame))
                 file.mux(stream.encode(None))
             files[name] = path.read_bytes()
     images = [Image.fromarray(one) for one in frames]

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from tav_jax.training.checkpoints import restore_state
 from tav_jax.training.optimizer import label_params, make_optimizer, select
 from tav_jax.training.train_step import TrainState, init_state
 
+sys.path.append(str(Path(__file__).parents[1]))  # as pytest does
+from small_model import write_model
+
 # Compiling well takes longest, and makes no difference to what is tried here.
 QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
 
-BASE = Path(__file__).parents[1] / "golden/base"
 STEPS = 4
 
 
@@ -46,8 +49,9 @@ def settings_of_a_run(folder: Path, model: Path) -> dict:
 
 
 def write_config(folder: Path) -> Path:
-    """Writes a clip and a config whose `output_dir` is `folder/run`; returns the config."""
-    settings = settings_of_a_run(folder, BASE)
+    """Writes a model, a clip and the config of a run in `folder/run`; returns the config."""
+    write_model(folder / "model")
+    settings = settings_of_a_run(folder, folder / "model")
     settings["validation_data"]["prompts"] = ["a circle"]
     settings |= {
         "max_train_steps": STEPS,

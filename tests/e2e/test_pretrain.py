@@ -113,7 +113,15 @@ def test_wrong_arguments_end_in_a_line(trained, capsys, arguments, message):
 
 
 def test_the_other_world_makes_its_own_model(tmp_path, capsys):
-    few = ["scenes=8", "vae_steps=2", "vae_batch=2", "decoder_steps=2", "steps=2", "batch=4", "probe=2"]
+    few = [
+        "scenes=8",
+        "vae_steps=2",
+        "vae_batch=2",
+        "decoder_steps=2",
+        "steps=2",
+        "batch=4",
+        "probe=2",
+    ]
     assert pretrain.main(["--world", "figures", "--output-dir", str(tmp_path), *few]) == 0
     assert "verb " in capsys.readouterr().out
     folder = tmp_path / FIGURES.model

@@ -50,8 +50,8 @@ def test_cases_pass_with_every_implementation_and_preset(monkeypatch, attention,
     # So that grids of 64 tokens go in blocks of 16.
     monkeypatch.setattr(chunked, "BLOCK_SCORES", 16 * 16 * 16)
     reference = golden.GoldenSet(FOLDER, attention=attention, gradient_checkpointing=preset)
-    names = ("unet3d_tuned.3f_batch2", "tune")
-    assert [row for row in rows(reference, names) if not row.passed] == []
+    # Tuning has the network's output in its losses, and all gradients.
+    assert [row for row in rows(reference, ["tune"]) if not row.passed] == []
 
 
 def test_a_case_passes_with_the_kernel_for_tpus(monkeypatch):
@@ -66,7 +66,7 @@ def test_cases_pass_with_the_arithmetic_of_gpus(monkeypatch):
     # Without cuDNN's kernels, which are for 16-bit types.
     monkeypatch.setattr("tav_jax.models.backend.platform", lambda: "gpu")
     reference = golden.GoldenSet(FOLDER)
-    names = ("vae", "unet2d", "unet3d_tuned.4f_odd", "sample", "tune")
+    names = ("vae", "unet3d_tuned.4f_odd", "sample", "tune")
     assert [row for row in rows(reference, names) if not row.passed] == []
 
 

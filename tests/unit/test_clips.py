@@ -697,6 +697,7 @@ def write_yuv(path, planes, *, codec="ffv1", options=None, full=None, chroma="44
             lines = np.zeros((plane.height, plane.line_size // samples.itemsize), samples.dtype)
             lines[:, : samples.shape[1]] = samples
             plane.update(lines.tobytes())
+        frame.pts = 0  # libx265 hands on what it is given, and Matroska refuses a packet without
         frame.color_range = 0 if full is None else 2 if full else 1
         for name, value in tags.items():
             setattr(frame, name, value)
