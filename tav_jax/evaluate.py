@@ -119,7 +119,8 @@ def _examples_of_suite(args: argparse.Namespace) -> "list[Example]":
     """Make what is missing of a suite, and return its videos."""
     from tav_jax.evaluation.metrics import select_metrics
     from tav_jax.evaluation.suites import examples_of_runs, make_runs, read_suite
-    from tav_jax.tune import is_made, tune
+    from tav_jax.runs.validation import is_made
+    from tav_jax.tune import tune
 
     suite, runs = read_suite(
         args.suite, args.output_dir or Path("outputs/suites") / args.suite.stem

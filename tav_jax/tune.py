@@ -6,8 +6,6 @@ The same command run again resumes from the last checkpoint.
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
-from pathlib import Path
 
 from tav_jax.console import Parser, command, say
 from tav_jax.errors import NotLearningError, UserError
@@ -18,10 +16,9 @@ from tav_jax.runs.config import TuneConfig, load_clips, load_config, with_absolu
 from tav_jax.runs.dry_run import describe_plan
 from tav_jax.runs.lock import lock_run
 from tav_jax.runs.loggers import Loggers, require_loggers
-from tav_jax.runs.render import render
 from tav_jax.runs.run import Run
-from tav_jax.runs.samples import Sample, default_sample, is_done
-from tav_jax.runs.tuning import Programs, Tuning, fit, is_validated, prepare
+from tav_jax.runs.tuning import Programs, Tuning, fit, prepare
+from tav_jax.runs.validation import missing_samples, owes_samples, validate
 from tav_jax.stopping import advise, start_job
 from tav_jax.training.checkpoints import remove_unfinished, save_checkpoint
 
@@ -58,16 +55,6 @@ def tune_alone(run: Run, programs: Programs) -> None:
                 renew_report(run)
 
 
-def owes_samples(tuning: Tuning) -> bool:
-    """Tell whether the newest checkpoint is validated.
-
-    A run that was stopped between a checkpoint and its samples still owes them, and one with new
-    prompts owes those.
-    """
-    is_tuned = tuning.start > 0 or tuning.end == 0
-    return is_tuned and is_validated(tuning.run.config, tuning.start)
-
-
 def finish(tuning: Tuning) -> None:
     """Run what is left of a run that is ready to step."""
     run, start, end = tuning.run, tuning.start, tuning.end
@@ -85,52 +72,6 @@ def finish(tuning: Tuning) -> None:
     with closing(fit(tuning)) as steps:
         for step in steps:
             validate(tuning, step)
-
-
-def validation_samples(run: Run, step: int) -> list[Sample]:
-    """Return the samples of the validation prompts."""
-    default = default_sample(run.config, step)
-    return [replace(default, prompt=prompt) for prompt in run.config.validation_data.prompts]
-
-
-def is_made(config: TuneConfig) -> bool:
-    """Tell whether a run has all its steps and the videos of its prompts.
-
-    Raises:
-        UserError: The folder holds a run with other settings, or something else.
-    """
-    run = Run.create(with_absolute_paths(config))
-    step = run.latest_step()
-    return step == config.max_train_steps and not any(missing_samples(run, step))
-
-
-def missing_samples(run: Run, step: int) -> list[bool]:
-    """Tell of each validation sample whether its video is not there yet.
-
-    Raises:
-        ExistingFileError: Videos of those names were made with other settings.
-    """
-    folder, video_format = run.samples(step), run.config.validation_data.video_format
-    samples = validation_samples(run, step)
-    return [not is_done(sample, folder, video_format) for sample in samples]
-
-
-def validate(tuning: Tuning, step: int) -> None:
-    """Sample the validation prompts that are not there yet, with the model as it is now."""
-    run = tuning.run
-    samples = validation_samples(run, step)
-    is_wanted = distributed.broadcast_from_main(missing_samples(run, step))
-    folder, loggers = run.samples(step), tuning.loggers
-    assert loggers is not None
-
-    def log_video(path: Path) -> None:
-        loggers.video(step, path)
-
-    if step > loggers.start:  # videos of an earlier start, whose events are dropped
-        for sample, flag in zip(samples, is_wanted, strict=True):
-            if not flag:
-                log_video(folder / f"{sample.stem}.{run.config.validation_data.video_format}")
-    render(run, folder, samples, is_wanted, tuning.tuned_model, tuning.stages, on_written=log_video)
 
 
 def tune_all(configs: Sequence[TuneConfig]) -> None:
