@@ -4,6 +4,7 @@ import csv
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,8 @@ def examples_of_systems(folders: dict[str, Path], table: Path) -> list[Example]:
     Args:
         folders: The folder of each system's videos.
         table: A CSV with the columns `video` and `prompt`, and any of `source`, `source_prompt`,
-            `mask`. Videos are relative to their folder, sources and masks to the table.
+            `mask`. Videos are relative to their folder, sources and masks to the table. Lines
+            before the columns that begin with # are comments.
 
     Raises:
         UserError: The table lacks a column or a value, or files are missing. All are listed.
@@ -143,7 +145,9 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
         text = read_text(table)
     except (OSError, UserError) as error:
         raise UserError(f"--prompts: {error}") from None
-    reader = csv.DictReader(text.splitlines())
+    lines = text.splitlines()
+    comments = len(list(takewhile(lambda line: line.startswith("#"), lines)))
+    reader = csv.DictReader(lines[comments:])
     names = [name.strip() for name in reader.fieldnames or []]
     known = (*REQUIRED, *OPTIONAL)
     problems = [f"it has no column {name}" for name in REQUIRED if name not in names]
@@ -158,15 +162,16 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
     found = []
     try:
         for row in reader:
-            where = f"{table}, line {reader.line_num}"
+            number = comments + reader.line_num
+            where = f"{table}, line {number}"
             if None in row:
                 problems.append(f"{where}: more values than columns; quote a prompt with commas")
                 continue
             values = {name: (row.get(name) or "").strip() for name in known}
             problems += [f"{where}: no {name}" for name in REQUIRED if not values[name]]
-            found.append((reader.line_num, values))
+            found.append((number, values))
     except csv.Error as error:
-        problems.append(f"{table}, line {reader.line_num}: not CSV ({error})")
+        problems.append(f"{table}, line {comments + reader.line_num}: not CSV ({error})")
     if not problems and not found:
         problems.append(f"--prompts: {table} has no rows")
     raise_all(problems)

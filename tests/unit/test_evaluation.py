@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tav_jax.pretrained.model import load_tokenizer
 from tav_jax.pretrained.preprocess import Preprocessing
 
 TOKENIZER = Path(__file__).parents[1] / "golden/base/tokenizer"
+SUITES = Path(__file__).parents[2] / "configs/suites"
 
 
 def write_frames(folder, frames):
@@ -85,6 +87,26 @@ def test_a_table_gives_each_system_its_videos(systems):
     np.testing.assert_array_equal(material.source, random_frames(100))
     assert material.mask[:, :, :4].all()
     assert not material.mask[:, :, 4:].any()
+
+
+def test_lines_before_the_columns_may_be_comments(systems):
+    table = systems / "prompts.csv"
+    table.write_text("# Of whom, and where from\n#, too\n" + table.read_text())
+    assert [one.prompt for one in examples(systems)][:2] == ["a panda, red", "a bear"]
+    table.write_text("# Of whom\nvideo,prompt\n# a,x\n")
+    with pytest.raises(UserError, match=r"line 3: no such video: .*# a"):
+        examples(systems)
+
+
+@pytest.mark.parametrize("table", sorted(SUITES.glob("*.csv")), ids=lambda path: path.stem)
+def test_shipped_tables_are_read_and_say_where_their_videos_come_from(table, tmp_path):
+    assert "https://" in table.read_text().split("\nvideo")[0]
+    with pytest.raises(UserError, match="no such video") as refused:
+        examples_of_systems({"theirs": tmp_path}, table)
+    count = len(str(refused.value).splitlines())
+    for name in re.findall(r"no such video: (.*)", str(refused.value)):
+        Path(name).touch()
+    assert len(examples_of_systems({"theirs": tmp_path}, table)) == count
 
 
 def test_a_source_of_another_size_is_resized_to_the_videos(systems):
