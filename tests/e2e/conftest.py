@@ -140,12 +140,38 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return run
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that nothing has interrupted; not to be written to."""
+
+    folder: Path
+    config: Path
+    out: str
+
+
+@pytest.fixture(scope="session")
+def finished_run(material: Material, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    folder = tmp_path_factory.mktemp("finished")
+    config = folder / "finished.yaml"
+    config.write_text(yaml.safe_dump({"output_dir": str(folder / "run")} | material.settings))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert tune.main(["--config", str(config)]) == 0
+    return FinishedRun(folder / "run", config, said.getvalue())
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts `python ARGS...` in a process of its own, as a user would."""
+def start(tmp_path: Path, finished_run: FinishedRun) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts `python ARGS...` in a process of its own, as a user would.
+
+    The processes load what the finished run has compiled.
+    """
     common = os.environ | {
         # Some are killed, and would leave half a program in the folder that all tests share.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9",
+        # As this process, or it would load none of the programs that this one has compiled. XLA
+        # also shares a matrix product out by the number of devices, and rounds accordingly.
+        "JAX_NUM_CPU_DEVICES": str(jax.config.jax_num_cpu_devices),
         "PYTHONUNBUFFERED": "1",  # what a process said before it was killed is heard
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
@@ -169,26 +195,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     for process in processes:
         process.kill()
         process.communicate(timeout=600)
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A run that nothing has interrupted; not to be written to."""
-
-    folder: Path
-    config: Path
-    out: str
-
-
-@pytest.fixture(scope="session")
-def finished_run(material: Material, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    folder = tmp_path_factory.mktemp("finished")
-    config = folder / "finished.yaml"
-    config.write_text(yaml.safe_dump({"output_dir": str(folder / "run")} | material.settings))
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        assert tune.main(["--config", str(config)]) == 0
-    return FinishedRun(folder / "run", config, said.getvalue())
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Suites: systems that are run on the same clips and scored, by any number of processes."""
 
 import json
-import os
 import time
 
 import numpy as np
@@ -89,11 +88,10 @@ def test_a_run_without_steps_can_be_tuned_on(suite, cli, tmp_path):
 
 def test_several_processes_share_a_suite_and_a_killed_one_is_made_good(suite, start, tmp_path, cli):
     """The second of three processes is killed; the others give the table of one alone."""
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
-    alone = start("-m", "tav_jax.evaluate", *arguments(suite, "alone"), environment=environment)
+    alone = start("-m", "tav_jax.evaluate", *arguments(suite, "alone"))
     assert alone.wait(timeout=600) == 0, alone.communicate()[1]
     command = ("-m", "tav_jax.evaluate", *arguments(suite, "out"))
-    processes = [start(*command, environment=environment) for _ in range(3)]
+    processes = [start(*command) for _ in range(3)]
     while not list((tmp_path / "out").rglob("config.yaml")):
         time.sleep(0.05)
         assert any(process.poll() is None for process in processes)
