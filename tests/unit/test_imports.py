@@ -21,7 +21,7 @@ FLOORS = (
     {"evaluation"},
     {"report"},
     {"worlds", "bench", "tune", "sample", "batch", "check", "convert"},
-    {"evaluate"},
+    {"evaluate", "demo"},
     {"scenes"},  # the former names of the commands in worlds
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

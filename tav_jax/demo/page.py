@@ -1,0 +1,319 @@
+"""The page itself, in Gradio. What users write is shown by components that show plain text."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from tav_jax.demo.jobs import SAMPLINGS, Choices, Studio, chosen_frames, defaults_for
+from tav_jax.demo.queue import Job, Progress, Queue, Work
+from tav_jax.errors import UserError
+from tav_jax.pretrained.hub import SHIPPED
+from tav_jax.worlds.tiny_scenes.world import TINY_SCENES
+
+OWN = "a clip of mine"
+FILE_TYPES = ["video", ".gif", ".webp", ".apng"]
+FIRST_CLIP = "circle-right"
+FIRST_MODEL = "tiny-scenes"
+
+# Fonts of the reader's system: the default theme's come from a server.
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+CSS = """
+.gradio-container { max-width: 75rem !important; margin: auto; }
+#beside video, #preview video { max-height: 20rem; }
+"""
+
+INTRODUCTION = """
+# Tune-A-Video
+Tune an image model on one captioned clip, then describe what the clip is to show instead.
+"""
+
+
+class Sessions:
+    """The jobs of every open page.
+
+    Args:
+        queue: Does them.
+    """
+
+    def __init__(self, queue: Queue):
+        self._queue = queue
+        self._jobs: defaultdict[str | None, list[Job]] = defaultdict(list)
+
+    def follow(self, session: str | None, make: Callable[[], Work]) -> Iterator[Progress]:
+        """Add a job to the queue and yield its progress, or what is wrong with it.
+
+        Args:
+            session: The page that asks for it.
+            make: Returns the job's work.
+        """
+        try:
+            job = self._queue.add(make())
+        except UserError as error:
+            yield Progress(f"error: {error}")
+            return
+        self._jobs[session].append(job)
+        try:
+            yield from self._queue.follow(job)
+        finally:
+            self._queue.cancel(job)  # if nobody follows any more
+            self._jobs[session].remove(job)
+
+    def cancel(self, request: gr.Request) -> None:
+        """Cancel all jobs of the page that asks."""
+        for job in list(self._jobs[request.session_hash]):
+            self._queue.cancel(job)
+
+
+def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
+    """Return the page.
+
+    Args:
+        studio: Does what users ask for.
+        queue: Does it one after another.
+        most_megabytes: Size of the largest file that may be uploaded.
+    """
+    sessions = Sessions(queue)
+    usual = defaults_for(FIRST_MODEL)
+    scene = TINY_SCENES.clips[FIRST_CLIP]
+    with gr.Blocks(title="Tune-A-Video", analytics_enabled=False) as page:
+        run = gr.State(None)
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            with gr.Column():
+                gr.Markdown("## 1. Clip")
+                names = [(TINY_SCENES.describe(one), key) for key, one in TINY_SCENES.clips.items()]
+                clip = gr.Dropdown([*names, OWN], value=FIRST_CLIP, label="Clip", elem_id="clip")
+                upload = gr.File(
+                    label=f"A video of yours, at most {most_megabytes} MB",
+                    file_types=FILE_TYPES,
+                    visible=False,
+                    height=140,
+                    elem_id="upload",
+                )
+                caption = gr.Textbox(
+                    TINY_SCENES.describe(scene), label="Caption: what it shows", elem_id="caption"
+                )
+                with gr.Accordion("Frames", open=False):
+                    frames = gr.Slider(1, 24, 8, step=1, label="Number of frames", elem_id="count")
+                    first_frame = gr.Number(0, label="First frame", precision=0, minimum=0)
+                    sampling = gr.Dropdown(list(SAMPLINGS), label="Which frames follow")
+                    size = gr.Number(
+                        usual.size, label="Width and height in pixels", precision=0, elem_id="size"
+                    )
+                gallery = gr.Gallery(
+                    label="The frames that will be used",
+                    columns=4,
+                    height="auto",
+                    interactive=False,
+                    elem_id="frames",
+                    buttons=[],
+                )
+                wrong = gr.Textbox(
+                    label="The clip cannot be used",
+                    interactive=False,
+                    visible=False,
+                    elem_id="wrong",
+                )
+            with gr.Column():
+                gr.Markdown("## 2. Tune")
+                model = gr.Dropdown(
+                    sorted(SHIPPED),
+                    value=FIRST_MODEL,
+                    allow_custom_value=True,
+                    label="Base model",
+                    info="A model of the package, a folder, a file or a Hub id",
+                    elem_id="model",
+                )
+                preview = gr.Textbox(
+                    edit_of(FIRST_CLIP), label="An edit to preview", elem_id="preview-prompt"
+                )
+                with gr.Accordion("Settings", open=False):
+                    steps = gr.Number(
+                        usual.steps, label="Steps", precision=0, minimum=1, elem_id="steps"
+                    )
+                    rate = gr.Number(usual.learning_rate, label="Learning rate")
+                    sampling_steps = gr.Number(
+                        50,
+                        label="Steps of inversion and sampling",
+                        precision=0,
+                        minimum=1,
+                        elem_id="sampling-steps",
+                    )
+                with gr.Row():
+                    tune_button = gr.Button("Tune", variant="primary", elem_id="tune")
+                    cancel_tuning = gr.Button("Cancel", elem_id="cancel")
+                tuned = gr.Textbox(label="Tuning", interactive=False, elem_id="tuning", lines=2)
+                plot = gr.LinePlot(
+                    losses_table(Progress("")),
+                    x="step",
+                    y="loss",
+                    height=220,
+                    label="Loss",
+                    elem_id="loss",
+                    buttons=[],
+                )
+                previewed = gr.Video(
+                    label="Preview",
+                    interactive=False,
+                    autoplay=True,
+                    loop=True,
+                    elem_id="preview",
+                    buttons=[],
+                )
+        gr.Markdown("## 3. Edit")
+        with gr.Row():
+            with gr.Column():
+                prompts = gr.Textbox(
+                    edit_of(FIRST_CLIP, 3), lines=3, label="Prompts, one a line", elem_id="prompts"
+                )
+                guidance = gr.Slider(
+                    0,
+                    20,
+                    usual.guidance_scale,
+                    step=0.5,
+                    label="Guidance",
+                    info="Higher follows the prompt more and the clip less",
+                )
+                with gr.Row():
+                    sample_button = gr.Button("Sample", variant="primary", elem_id="sample")
+                    cancel_sampling = gr.Button("Cancel")
+                sampled = gr.Textbox(
+                    label="Sampling", interactive=False, elem_id="sampling", lines=2
+                )
+            with gr.Column():
+                beside = gr.Video(
+                    label="The clip and the edit",
+                    interactive=False,
+                    autoplay=True,
+                    loop=True,
+                    elem_id="beside",
+                    buttons=[],
+                )
+                videos = gr.File(
+                    label="Videos: each edit, and the clip beside it",
+                    interactive=False,
+                    file_count="multiple",
+                    elem_id="videos",
+                )
+                adapter_button = gr.Button("Make the adapter", elem_id="make-adapter")
+                adapter = gr.File(
+                    label="Adapter: what was trained, for python -m tav_jax.sample --adapter",
+                    interactive=False,
+                    elem_id="adapter",
+                )
+
+        chosen = [clip, upload, caption, model, frames, first_frame, sampling, size, steps, rate]
+        chosen += [guidance, sampling_steps]
+
+        def choices(clip: str, upload: str | None, *values: Any) -> Choices:
+            drawn = clip in TINY_SCENES.clips
+            file = str(studio.drawn_clip(clip)) if drawn else upload
+            return Choices(file, *values)
+
+        def show_frames(*values: Any) -> tuple[Any, Any]:
+            nothing = values[0] == OWN and not values[1]
+            try:
+                shown = None if nothing else chosen_frames(choices(*values))
+            except UserError as error:
+                return None, gr.update(value=str(error), visible=True)
+            images = [] if shown is None else list(zip(shown.frames, shown.indices, strict=True))
+            labelled = [(image, f"frame {index}") for image, index in images]
+            return labelled, gr.update(value="", visible=False)
+
+        def choose_clip(clip: str) -> tuple[Any, ...]:
+            if clip not in TINY_SCENES.clips:
+                return gr.update(visible=True), "", "", ""
+            described = TINY_SCENES.describe(TINY_SCENES.clips[clip])
+            return gr.update(visible=False), described, edit_of(clip), edit_of(clip, 3)
+
+        def choose_model(model: str) -> tuple[Any, ...]:
+            fitting = defaults_for(model)
+            return fitting.size, fitting.steps, fitting.learning_rate, fitting.guidance_scale
+
+        def tune(request: gr.Request, run: Path | None, prompt: str, *values: Any) -> Iterator[Any]:
+            video = None
+
+            def work() -> Work:
+                return partial(studio.tune, choices(*values), prompt.strip())
+
+            for progress in sessions.follow(request.session_hash, work):
+                run = progress.result or run
+                newest = progress.videos[-1] if progress.videos else None
+                # A player that gets the same video again begins anew.
+                player = gr.skip() if newest == video else str(newest)
+                video = newest
+                yield progress.text, losses_table(progress), player, run
+
+        def sample(
+            request: gr.Request, run: Path | None, prompts: str, guidance: float
+        ) -> Iterator[Any]:
+            count = 0
+
+            def work() -> Work:
+                settings = {"guidance_scale": guidance}
+                return partial(studio.sample, tuned_run(run), prompts.splitlines(), settings)
+
+            for progress in sessions.follow(request.session_hash, work):
+                files = [str(path) for path in progress.videos]
+                player = gr.skip() if len(files) == count else files[-1]
+                count = len(files)
+                yield progress.text, player, files or gr.skip()
+
+        def make_adapter(request: gr.Request, run: Path | None) -> Iterator[Any]:
+            for progress in sessions.follow(
+                request.session_hash, lambda: partial(studio.adapter, tuned_run(run))
+            ):
+                yield progress.text, str(progress.result) if progress.result else None
+
+        # Jobs wait in our own queue, so events need not wait in Gradio's.
+        event: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}
+        job = event | {"show_progress": "hidden"}
+        looks = [chosen, [gallery, wrong]]
+        page.load(show_frames, *looks, **event)
+        clip.input(choose_clip, clip, [upload, caption, preview, prompts], **event).then(
+            show_frames, *looks, **event
+        )
+        gr.on(
+            [upload.change, frames.release, first_frame.submit, first_frame.blur],
+            show_frames,
+            *looks,
+            **event,
+        )
+        gr.on([sampling.input, size.submit, size.blur], show_frames, *looks, **event)
+        model.input(choose_model, model, [size, steps, rate, guidance], **event).then(
+            show_frames, *looks, **event
+        )
+        tune_button.click(tune, [run, preview, *chosen], [tuned, plot, previewed, run], **job)
+        sample_button.click(sample, [run, prompts, guidance], [sampled, beside, videos], **job)
+        adapter_button.click(make_adapter, run, [sampled, adapter], **job)
+        for button in (cancel_tuning, cancel_sampling):
+            button.click(sessions.cancel, queue=False, **event)
+        page.unload(sessions.cancel)
+    return page
+
+
+def tuned_run(run: Path | None) -> Path:
+    """Return the run's folder.
+
+    Raises:
+        UserError: Nothing has been tuned in this page.
+    """
+    if run is None:
+        raise UserError("tune on a clip first")
+    return run
+
+
+def edit_of(clip: str, number: int = 1) -> str:
+    """Return a prompt that changes one thing of a drawn clip."""
+    return TINY_SCENES.edits[clip][number].prompt
+
+
+def losses_table(progress: Progress) -> pd.DataFrame:
+    """Return the losses as the plot takes them."""
+    table = pd.DataFrame(progress.losses, columns=["step", "loss"])
+    return table.astype({"step": int, "loss": float})  # also if there is none yet
