@@ -25,6 +25,7 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 CSS = """
 .gradio-container { max-width: 75rem !important; margin: auto; }
 #beside video, #preview video { max-height: 20rem; }
+#frames .grid-wrap { min-height: 0; }
 """
 
 INTRODUCTION = """
@@ -198,12 +199,14 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
                     label="Videos: each edit, and the clip beside it",
                     interactive=False,
                     file_count="multiple",
+                    height=140,
                     elem_id="videos",
                 )
                 adapter_button = gr.Button("Make the adapter", elem_id="make-adapter")
                 adapter = gr.File(
                     label="Adapter: what was trained, for python -m tav_jax.sample --adapter",
                     interactive=False,
+                    height=100,
                     elem_id="adapter",
                 )
 
