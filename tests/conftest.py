@@ -65,6 +65,7 @@ FULL = {
     "e2e/test_bench.py",
     "e2e/test_browser.py",
     "e2e/test_compile_cache.py::test_a_second_start_compiles_nothing",
+    "e2e/test_demo.py",
     "e2e/test_distributed.py",
     "e2e/test_edit.py",
     "e2e/test_experiments.py",

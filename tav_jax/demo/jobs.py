@@ -94,14 +94,14 @@ class Choices:
     clip: str | None
     caption: str
     model: str
-    frames: float
-    first_frame: float
+    frames: int | float
+    first_frame: int | float
     sampling: str
-    size: float
-    steps: float
-    learning_rate: float
-    guidance_scale: float
-    sampling_steps: float = 50
+    size: int | float
+    steps: int | float
+    learning_rate: int | float
+    guidance_scale: int | float
+    sampling_steps: int | float = 50
 
     def train_data(self) -> dict[str, Any]:
         """Return the section `train_data` of a config.
@@ -332,7 +332,7 @@ class Studio:
                 yield Progress(text, videos=tuple(videos), result=folder)
                 sample = replace(usual, prompt=prompt, settings=changed)
                 video = self._write(run, model, sample)
-                beside = folder / "beside" / video.parent.name / video.name
+                beside = folder / "beside" / video.parent.name / f"beside the clip {video.name}"
                 write_video(
                     beside, side_by_side(shown(run.clip()), read_all_frames(video)), fps=run.fps
                 )

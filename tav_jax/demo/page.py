@@ -26,6 +26,7 @@ CSS = """
 .gradio-container { max-width: 75rem !important; margin: auto; }
 #beside video, #preview video { max-height: 20rem; }
 #frames .grid-wrap { min-height: 0; }
+#loss svg { max-width: 100%; }
 """
 
 INTRODUCTION = """
@@ -253,7 +254,7 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
                 yield progress.text, losses_table(progress), player, run
 
         def sample(
-            request: gr.Request, run: Path | None, prompts: str, guidance: float
+            request: gr.Request, run: Path | None, prompts: str, guidance: int | float
         ) -> Iterator[Any]:
             count = 0
 
