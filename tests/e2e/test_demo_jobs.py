@@ -21,7 +21,7 @@ def choices(material):
         clip=str(material.clip),
         caption="a square is moving",
         model=str(material.model),
-        frames=4,
+        frames=3,  # by which the tests' 8 devices cannot be divided: programs are those of one
         first_frame=1,
         sampling="every 2nd frame",
         size=32,
@@ -70,8 +70,8 @@ def test_prompts_are_sampled_beside_the_clip_and_the_adapter_is_written(choices,
     prompts = ["a ball", "  ", "a ball", "<script>"]
     last = list(studio.sample(folder, prompts, {"guidance_scale": 2.0}, no_cancel()))[-1]
     assert [path.parent for path in last.videos[::2]] == [Run.open(folder).samples(6)] * 2
-    assert read_all_frames(last.videos[0]).shape == (4, 256, 256, 3)
-    assert read_all_frames(last.videos[1]).shape == (4, 256, 512, 3)
+    assert read_all_frames(last.videos[0]).shape == (3, 256, 256, 3)
+    assert read_all_frames(last.videos[1]).shape == (3, 256, 512, 3)
 
     # Another guidance is another video. A new process samples the same one.
     other = list(studio.sample(folder, prompts, {"guidance_scale": 3.0}, no_cancel()))[-1]
@@ -116,8 +116,8 @@ def test_what_makes_another_run_has_another_folder(choices, tmp_path):
 
 def test_frames_are_shown_and_the_path_of_an_upload_is_not(choices, tmp_path):
     clip = chosen_frames(choices)
-    assert clip.indices == [1, 3, 5, 7]
-    assert clip.frames.shape == (4, 256, 256, 3)
+    assert clip.indices == [1, 3, 5]
+    assert clip.frames.shape == (3, 256, 256, 3)
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     with pytest.raises(UserError) as refused:
