@@ -1,5 +1,6 @@
 """The page itself, in Gradio. What users write is shown by components that show plain text."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,11 +20,14 @@ OWN = "a clip of mine"
 FILE_TYPES = ["video", ".gif", ".webp", ".apng"]
 FIRST_CLIP = "circle-right"
 FIRST_MODEL = "tiny-scenes"
+MOST_POINTS = 500  # of the plot, which has no more pixels
 
 # Fonts of the reader's system: the default theme's come from a server.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
-.gradio-container { max-width: 75rem !important; margin: auto; }
+.gradio-container { max-width: min(75rem, 100vw) !important; margin: auto; }
+.gradio-container :is(.app, .wrap, .contain, .row, .column) { min-width: 0; }
+.gradio-container label { max-width: 100%; }
 #beside video, #preview video { max-height: 20rem; }
 #frames .grid-wrap { min-height: 0; }
 #loss svg { max-width: 100%; }
@@ -138,7 +142,9 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
                     steps = gr.Number(
                         usual.steps, label="Steps", precision=0, minimum=1, elem_id="steps"
                     )
-                    rate = gr.Number(usual.learning_rate, label="Learning rate")
+                    rate = gr.Number(
+                        usual.learning_rate, label="Learning rate", elem_id="learning-rate"
+                    )
                     sampling_steps = gr.Number(
                         50,
                         label="Steps of inversion and sampling",
@@ -205,7 +211,7 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
                 )
                 adapter_button = gr.Button("Make the adapter", elem_id="make-adapter")
                 adapter = gr.File(
-                    label="Adapter: what was trained, for python -m tav_jax.sample --adapter",
+                    label="Adapter: all that was trained",
                     interactive=False,
                     height=100,
                     elem_id="adapter",
@@ -318,6 +324,7 @@ def edit_of(clip: str, number: int = 1) -> str:
 
 
 def losses_table(progress: Progress) -> pd.DataFrame:
-    """Return the losses as the plot takes them."""
-    table = pd.DataFrame(progress.losses, columns=["step", "loss"])
+    """Return the losses as the plot takes them; of many, every nth."""
+    shown = progress.losses[:: math.ceil(len(progress.losses) / MOST_POINTS) or 1]
+    table = pd.DataFrame(shown, columns=["step", "loss"])
     return table.astype({"step": int, "loss": float})  # also if there is none yet

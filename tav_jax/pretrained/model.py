@@ -394,7 +394,7 @@ def frame_tokens(tokenizer: Any, ids: Sequence[int], length: int) -> list[int]:
 
 
 def _warn_of_cut(tokenizer: Any, count: int, length: int, lost: Sequence[int]) -> None:
-    text = tokenizer.decode(lost)
+    text = shorten(tokenizer.decode(lost))
     warnings.warn(f"prompt of {count} tokens, {length} are read; cut off: '{text}'", stacklevel=4)
 
 

@@ -160,12 +160,9 @@ def finished_run(material: Material, tmp_path_factory: pytest.TempPathFactory) -
     return FinishedRun(folder / "run", config, said.getvalue())
 
 
-@pytest.fixture
-def start(tmp_path: Path, finished_run: FinishedRun) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts `python ARGS...` in a process of its own, as a user would.
-
-    The processes load what the finished run has compiled.
-    """
+@contextlib.contextmanager
+def processes(folder: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts `python ARGS...` in processes of their own, as a user would; ends them at last."""
     common = os.environ | {
         # Some are killed, and would leave half a program in the folder that all tests share.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9",
@@ -175,7 +172,7 @@ def start(tmp_path: Path, finished_run: FinishedRun) -> Iterator[Callable[..., s
         "PYTHONUNBUFFERED": "1",  # what a process said before it was killed is heard
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
-    processes = []
+    started = []
     # As in a terminal, where Ctrl-C is heard; what starts the tests may have it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -183,18 +180,32 @@ def start(tmp_path: Path, finished_run: FinishedRun) -> Iterator[Callable[..., s
         process = subprocess.Popen(
             [sys.executable, *map(str, args)],
             env={**common, **environment},
-            cwd=tmp_path,
+            cwd=folder,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        processes.append(process)
+        started.append(process)
         return process
 
     yield run
-    for process in processes:
+    for process in started:
         process.kill()
         process.communicate(timeout=600)
+
+
+@pytest.fixture
+def start(tmp_path: Path, finished_run: FinishedRun) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts processes that a test has for itself. They load what the finished run has compiled."""
+    with processes(tmp_path) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def start_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+    """Starts processes that all tests of a file share."""
+    with processes(tmp_path_factory.mktemp("processes")) as run:
+        yield run
 
 
 @pytest.fixture
