@@ -36,7 +36,7 @@ from tav_jax.video.write import write_video
 from tav_jax.worlds.tiny_scenes.world import TINY_SCENES
 
 UPDATES = 50  # of the page, while a run is tuned; more of them if it is long
-MOST_STEPS_UNSEEN = 10  # between two updates, which are also where it can be cancelled
+STEPS_APART_AT_MOST = 10  # between two updates, which are also where it can be cancelled
 PREVIEWS = 3  # while a run is tuned; the last is that of the tuned model
 FRAMES_OF_DRAWN_CLIP, FPS_OF_DRAWN_CLIP = 24, 8
 MOST_PROMPTS = 20  # of one job
@@ -142,8 +142,8 @@ def make_config(choices: Choices, runs: Path) -> TuneConfig:
     if not choices.caption.strip():
         raise UserError("write a caption: what the clip shows")
     steps = _whole(choices.steps)
-    steps_unseen = steps // UPDATES if isinstance(steps, int) else 1
-    steps_unseen = max(1, min(steps_unseen, MOST_STEPS_UNSEEN))
+    steps_apart = steps // UPDATES if isinstance(steps, int) else 1
+    steps_apart = max(1, min(steps_apart, STEPS_APART_AT_MOST))
     large = choices.model not in SHIPPED and jax.default_backend() != "cpu"
     tree = {
         "pretrained_model_path": choices.model,
@@ -156,7 +156,7 @@ def make_config(choices: Choices, runs: Path) -> TuneConfig:
         },
         "learning_rate": choices.learning_rate,
         "max_train_steps": steps,
-        "validation_steps": steps_unseen,
+        "validation_steps": steps_apart,
         "mixed_precision": "bf16" if large else "no",
     }
     config = with_absolute_paths(parse_config(tree, "settings"))

@@ -30,6 +30,7 @@ CSS = """
 .gradio-container label { max-width: 100%; }
 #beside video, #preview video { max-height: 20rem; }
 #frames .grid-wrap { min-height: 0; }
+#frames .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
 #loss svg { max-width: 100%; }
 """
 
@@ -157,17 +158,18 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
                     cancel_tuning = gr.Button("Cancel", elem_id="cancel")
                 tuned = gr.Textbox(label="Tuning", interactive=False, elem_id="tuning", lines=2)
                 plot = gr.LinePlot(
-                    losses_table(Progress("")),
                     x="step",
                     y="loss",
                     height=220,
                     label="Loss",
+                    visible=False,
                     elem_id="loss",
                     buttons=[],
                 )
                 previewed = gr.Video(
                     label="Preview",
                     interactive=False,
+                    visible=False,
                     autoplay=True,
                     loop=True,
                     elem_id="preview",
@@ -197,6 +199,7 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
                 beside = gr.Video(
                     label="The clip and the edit",
                     interactive=False,
+                    visible=False,
                     autoplay=True,
                     loop=True,
                     elem_id="beside",
@@ -205,6 +208,7 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
                 videos = gr.File(
                     label="Videos: each edit, and the clip beside it",
                     interactive=False,
+                    visible=False,
                     file_count="multiple",
                     height=140,
                     elem_id="videos",
@@ -213,6 +217,7 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
                 adapter = gr.File(
                     label="Adapter: all that was trained",
                     interactive=False,
+                    visible=False,
                     height=100,
                     elem_id="adapter",
                 )
@@ -230,10 +235,10 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
             try:
                 shown = None if nothing else chosen_frames(choices(*values))
             except UserError as error:
-                return None, gr.update(value=str(error), visible=True)
+                return None, show(str(error))
             images = [] if shown is None else list(zip(shown.frames, shown.indices, strict=True))
             labelled = [(image, f"frame {index}") for image, index in images]
-            return labelled, gr.update(value="", visible=False)
+            return labelled, show("")
 
         def choose_clip(clip: str) -> tuple[Any, ...]:
             if clip not in TINY_SCENES.clips:
@@ -246,6 +251,7 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
             return fitting.size, fitting.steps, fitting.learning_rate, fitting.guidance_scale
 
         def tune(request: gr.Request, run: Path | None, prompt: str, *values: Any) -> Iterator[Any]:
+            player = show(None)  # that of another run is not this one's
             video = None
 
             def work() -> Work:
@@ -254,10 +260,10 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
             for progress in sessions.follow(request.session_hash, work):
                 run = progress.result or run
                 newest = progress.videos[-1] if progress.videos else None
-                # A player that gets the same video again begins anew.
-                player = gr.skip() if newest == video else str(newest)
-                video = newest
+                if newest != video:
+                    video, player = newest, show(str(newest))
                 yield progress.text, losses_table(progress), player, run
+                player = gr.skip()  # which begins anew if it gets the same video again
 
         def sample(
             request: gr.Request, run: Path | None, prompts: str, guidance: int | float
@@ -270,15 +276,15 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
 
             for progress in sessions.follow(request.session_hash, work):
                 files = [str(path) for path in progress.videos]
-                player = gr.skip() if len(files) == count else files[-1]
+                player = gr.skip() if len(files) == count else show(files[-1])
                 count = len(files)
-                yield progress.text, player, files or gr.skip()
+                yield progress.text, player, show(files) if files else gr.skip()
 
         def make_adapter(request: gr.Request, run: Path | None) -> Iterator[Any]:
             for progress in sessions.follow(
                 request.session_hash, lambda: partial(studio.adapter, tuned_run(run))
             ):
-                yield progress.text, str(progress.result) if progress.result else None
+                yield progress.text, show(str(progress.result) if progress.result else None)
 
         # Jobs wait in our own queue, so events need not wait in Gradio's.
         event: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}
@@ -323,8 +329,13 @@ def edit_of(clip: str, number: int = 1) -> str:
     return TINY_SCENES.edits[clip][number].prompt
 
 
-def losses_table(progress: Progress) -> pd.DataFrame:
-    """Return the losses as the plot takes them; of many, every nth."""
+def show(value: Any) -> Any:
+    """Return an update that shows a value's component, or hides it if there is none."""
+    return gr.update(value=value, visible=bool(value))
+
+
+def losses_table(progress: Progress) -> Any:
+    """Return an update of the plot of the losses; of many it shows every nth."""
     shown = progress.losses[:: math.ceil(len(progress.losses) / MOST_POINTS) or 1]
     table = pd.DataFrame(shown, columns=["step", "loss"])
-    return table.astype({"step": int, "loss": float})  # also if there is none yet
+    return gr.update(value=table, visible=bool(shown))

@@ -221,6 +221,8 @@ def test_a_file_over_the_limit_is_refused_by_the_server(server):
 def test_a_phone_shows_it_all_and_mistakes_are_told_in_words(server, open_page, tmp_path):
     page = open_page(has_touch=True, viewport={"width": 360, "height": 640})
     assert page.evaluate("document.documentElement.scrollWidth") == 360, "nothing is cut off"
+    ends = "all => all.map(one => one.getBoundingClientRect().right)"
+    assert max(page.locator("#frames img").evaluate_all(ends)) < 360
     fill(page, "model", tmp_path / "<b>none</b>")
     page.locator("#model input").press("Enter")
     page.locator("#tune").click()
