@@ -113,7 +113,7 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
                         usual.size, label="Width and height in pixels", precision=0, elem_id="size"
                     )
                 gallery = gr.Gallery(
-                    label="The frames that will be used",
+                    label="The frames that will be used, by number",
                     columns=4,
                     height="auto",
                     interactive=False,
@@ -237,8 +237,7 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
             except UserError as error:
                 return None, show(str(error))
             images = [] if shown is None else list(zip(shown.frames, shown.indices, strict=True))
-            labelled = [(image, f"frame {index}") for image, index in images]
-            return labelled, show("")
+            return [(image, str(index)) for image, index in images], show("")
 
         def choose_clip(clip: str) -> tuple[Any, ...]:
             if clip not in TINY_SCENES.clips:

@@ -187,6 +187,7 @@ def prepare_page(page, material) -> None:
         fill(page, field, value)
         page.locator(f"#{field} input").first.press("Enter")
     fill(page, "caption", f"{SCRIPT} is moving")
+    fill(page, "preview-prompt", "")
     page.wait_for_function("() => document.querySelectorAll('#frames img').length === 3")
 
 
@@ -241,22 +242,19 @@ def test_a_phone_shows_it_all_and_mistakes_are_told_in_words(server, open_page, 
 
 
 def test_the_whole_path_from_an_upload_to_the_downloads(server, open_page, material, tmp_path):
-    closed = open_page()
-    prepare_page(closed, material)
-    fill(closed, "preview-prompt", "")
-    closed.locator("#tune").click()
-    wait_for_status(closed, "tuning", "tuning: step")
-
-    # Another page waits and leaves the queue, then waits again until the first is closed.
-    page = open_page(accept_downloads=True)
+    closed, page = open_page(), open_page(accept_downloads=True)
     page.locator("#sample").click()
     wait_for_status(page, "sampling", "tune on a clip first")
-    prepare_page(page, material)
+    for one in (closed, page):
+        prepare_page(one, material)
+
+    # One page tunes. The other waits and leaves the queue, then waits until the first is closed.
+    closed.locator("#tune").click()
+    wait_for_status(closed, "tuning", "tuning: step")
     page.locator("#tune").click()
     wait_for_status(page, "tuning", "waiting: 1 job is before this one")
     page.locator("#cancel").click()
     wait_for_status(page, "tuning", "cancelled before it began")
-    fill(page, "preview-prompt", "")
     page.locator("#tune").click()
     wait_for_status(page, "tuning", "waiting: 1 job is before this one")
     closed.close()
