@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -31,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--host",
+        type=_host,
         default="127.0.0.1",
         help="address to listen at (default: %(default)s). With 0.0.0.0 everybody in the network "
         "can use this machine, without a password",
@@ -52,6 +54,12 @@ def _number(text: str, least: int, most: int) -> int:
     return int(text)
 
 
+def _host(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected an address")
+    return text
+
+
 def _port(text: str) -> int:
     return _number(text, 1, 65535)
 
@@ -69,9 +77,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(args.output_dir).expanduser().absolute()
     if parent := first_unwritable_parent(folder):
         raise UserError(f"--output-dir: {parent} is not a folder that can be written to")
+    require_address(args.host, args.port)
     start_job()
     advise("the same command serves the page again")
     serve(folder, args.host, args.port, args.max_upload_mb)
+
+
+def require_address(host: str, port: int) -> None:
+    """Raise `UserError` unless this address can be listened at. Gradio would not say why not."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--host {host} --port {port}: cannot be listened at: {error}") from None
 
 
 def serve(folder: Path, host: str, port: int, most_megabytes: int) -> None:
@@ -103,7 +121,7 @@ def serve(folder: Path, host: str, port: int, most_megabytes: int) -> None:
         page.launch(
             theme=THEME,
             css=CSS,
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
             share=False,
             inbrowser=False,

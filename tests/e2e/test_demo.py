@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import pytest
 
+from tav_jax.demo import __main__ as demo
 from tav_jax.runs.adapters import read_adapter
 from tav_jax.video.read import read_all_frames
 
@@ -194,6 +195,15 @@ def prepare_page(page, material) -> None:
 def test_nothing_listens_beyond_loopback_whatever_the_environment_says(server):
     assert listening_addresses(server.process.pid) == {f"0100007F:{server.port:04X}"}
     assert server.status("GET", "/", Host="stranger.example") == 400
+
+
+def test_an_address_that_cannot_be_listened_at_is_refused(server, cli, tmp_path):
+    for host in ("127.0.0.1", "256.1.1.1", "http://127.0.0.1", "a..b"):
+        options = ["--host", host, "--port", server.port]
+        done = cli(demo, *options, "--output-dir", tmp_path / "other")
+        assert done.status == 1
+        assert f"error: {' '.join(map(str, options))}: cannot be listened at: " in done.err
+    assert not (tmp_path / "other").exists()
 
 
 def test_no_other_file_is_served(server, material, tmp_path):
