@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -103,6 +104,20 @@ def pytest_collection_modifyitems(items):
         for tier, entries in (("quick", QUICK), ("full", FULL)):
             if entries & {file, f"{file}::{item.originalname}"}:
                 item.add_marker(tier)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """With `--durations`, also says how long the tests of each file took, the longest first."""
+    if not config.option.durations:
+        return
+    seconds = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.split("::")[0].removeprefix("tests/")] += report.duration
+    terminalreporter.section("seconds by file")
+    for file, taken in seconds.most_common(config.option.durations):
+        terminalreporter.write_line(f"{taken:6.0f}  {file}")
 
 
 # No test asks the Hub, and a machine without a network would wait for it. Read at import.

@@ -145,8 +145,9 @@ class _TensorBoard(Logger):
         self._fps = run.fps
         folder = run.folder / EVENTS
         folder.mkdir(exist_ok=True)  # in a folder that is still there
-        # Its name has the second; two starts in one must not share a file.
-        suffix = f".{os.getpid()}.{secrets.token_hex(4)}"
+        # TensorBoard reads files in the order of their names, in which tensorboardX puts the
+        # second alone: two starts in one must neither share a file nor change places.
+        suffix = f".{time.time_ns()}.{os.getpid()}"
         self._writer = EventsWriter(str(folder.absolute() / "events"), suffix)
         # TensorBoard then drops what an earlier start has logged from this step on.
         self._add(start + 1, session_log=SessionLog(status=SessionLog.START))

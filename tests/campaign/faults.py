@@ -46,6 +46,11 @@ def remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
+def bind(folder: Path, place: Path) -> None:
+    """Shows a folder at another place, with the same right to write."""
+    subprocess.run(["mount", "--bind", str(folder), str(place)], check=True)
+
+
 def size_of(folder: Path) -> int:
     """Returns the bytes that a run takes on a disk of 4 KB blocks without its page.
 
@@ -155,13 +160,15 @@ class Campaign:
         """Mount the run's disk read-only in the middle of the run."""
         mount(self.disk, 4 * self.size)
         try:
-            run = self.disk / "run"
+            run, view = self.disk / "run", self.disk / "view"
+            view.mkdir()
 
             def harm() -> None:
-                # A file that is open for writing keeps a file system writable, so the run's folder
-                # is covered by a read-only view of itself.
-                subprocess.run(["mount", "--bind", str(run), str(run)], check=True)
-                remount(run, "bind,ro")
+                # A file that is open for writing keeps its mount writable, so the run's folder is
+                # covered by a view of itself, which is read-only before the run can meet it.
+                bind(run, view)
+                remount(view, "bind,ro")
+                bind(view, run)
 
             process = self.disturb(run, self.draw.randint(1, STEPS - 2), harm)
             # Whoever meets it first: a path of the file system, or of the covered folder.
