@@ -17,10 +17,10 @@ from tav_jax.runs.dry_run import describe_plan
 from tav_jax.runs.lock import lock_run
 from tav_jax.runs.loggers import Loggers, require_loggers
 from tav_jax.runs.run import Run
-from tav_jax.runs.tuning import Programs, Tuning, fit, prepare
+from tav_jax.runs.tuning import Programs, Tuning, begun, fit, prepare
 from tav_jax.runs.validation import missing_samples, owes_samples, validate
 from tav_jax.stopping import advise, start_job
-from tav_jax.training.checkpoints import remove_unfinished, save_checkpoint
+from tav_jax.training.checkpoints import save_checkpoint
 
 
 def tune(config: TuneConfig, programs: Programs | None = None) -> None:
@@ -45,10 +45,7 @@ def tune_alone(run: Run, programs: Programs) -> None:
         tuning = prepare(run, programs)
         if owes_samples(tuning):
             missing_samples(run, tuning.start)  # refuses before anything is recorded
-        run.record_config()
-        run.remove_partials()
-        remove_unfinished(run.checkpoints)
-        with run.kept():
+        with begun(run):
             with closing(Loggers(run, tuning.start)) as tuning.loggers:
                 finish(tuning)
             if distributed.is_main_process():

@@ -172,14 +172,13 @@ def _write_together(
 
 
 def _write_sample(sample: Sample, video: Frames, folder: Path, run: Run) -> Path:
-    validation = run.config.validation_data
-    video_path = folder / f"{sample.stem}.{validation.video_format}"
+    video_path = sample.video_in(folder, run.config.validation_data.video_format)
     if not is_main_process():
         return video_path
     # A video that is to be overwritten is removed first, and the settings are written before the
     # new video, so that no video ever stands beside the settings of another.
     video_path.unlink(missing_ok=True)
-    with atomic_write(folder / f"{sample.stem}.json") as path:
+    with atomic_write(sample.record_in(folder)) as path:
         record = json.dumps(sample.to_record(), indent=2, ensure_ascii=False)
         path.write_text(f"{record}\n", encoding="utf-8")
     write_video(video_path, shown(video), fps=run.fps)

@@ -92,6 +92,14 @@ class Sample:
         stem = file_stem(self.prompt) + (f"-seed{self.seed}" if self.name_seed else "")
         return f"{stem}-prompt" if stem in (SHEET, BESIDE) else stem
 
+    def video_in(self, folder: Path, video_format: str) -> Path:
+        """Return the path of its video in a folder."""
+        return folder / f"{self.stem}.{video_format}"
+
+    def record_in(self, folder: Path) -> Path:
+        """Return the path of the JSON file with its settings, beside the video."""
+        return folder / f"{self.stem}.json"
+
     @property
     def batch_key(self) -> tuple[int, SamplingSettings]:
         """Return what samples of one batch have in common: checkpoint and settings."""
@@ -156,7 +164,7 @@ def is_done(sample: Sample, folder: Path, video_format: str) -> bool:
     Raises:
         ExistingFileError: A video of that name exists, but was made with other settings.
     """
-    video, record = (folder / f"{sample.stem}.{suffix}" for suffix in (video_format, "json"))
+    video, record = sample.video_in(folder, video_format), sample.record_in(folder)
     if not video.exists():
         return False
     made = read_record(record) if record.exists() else {}
@@ -238,11 +246,7 @@ class Job:
 
     def video(self, sample: Sample) -> Path:
         """Return the path of a sample's video."""
-        return self.folder / f"{sample.stem}.{self.run.config.validation_data.video_format}"
-
-    def record(self, sample: Sample) -> Path:
-        """Return the path of the JSON file with a sample's settings."""
-        return self.folder / f"{sample.stem}.json"
+        return sample.video_in(self.folder, self.run.config.validation_data.video_format)
 
     def is_done(self, sample: Sample) -> bool:
         """Tell whether a sample's video is there."""

@@ -5,8 +5,8 @@
 
 import os
 import time
-from collections.abc import Generator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,12 @@ from tav_jax.runs.loggers import Loggers
 from tav_jax.runs.metrics_log import Stages, keep_metrics, log, log_stages
 from tav_jax.runs.run import Run
 from tav_jax.stopping import Stopped, received, when_stopped
-from tav_jax.training.checkpoints import restore_state, save_checkpoint, saved_steps
+from tav_jax.training.checkpoints import (
+    remove_unfinished,
+    restore_state,
+    save_checkpoint,
+    saved_steps,
+)
 from tav_jax.training.memory import (
     Alternative,
     DoesNotFitError,
@@ -118,6 +123,20 @@ class Tuning:
     def tuned_model(self) -> Model:
         """Return the model with the U-Net as it is now."""
         return self.model.with_unet(self.state.unet)
+
+
+@contextmanager
+def begun(run: Run) -> Iterator[None]:
+    """Record the run's config, and remove what a killed process has left, before the block.
+
+    Raises:
+        MissingFileError: The run's folder is removed during the block.
+    """
+    run.record_config()
+    run.remove_partials()
+    remove_unfinished(run.checkpoints)
+    with run.kept():
+        yield
 
 
 def prepare(run: Run, programs: Programs) -> Tuning:

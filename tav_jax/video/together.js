@@ -18,6 +18,7 @@ class Together {
     this.isPlaying = true;
     if (this.clock.ended) this.place(0);
     this.begin();
+    this.onTime(this.clock.currentTime, true);
     const tick = () => {
       if (!this.isPlaying) return;
       const clock = this.clock;

@@ -148,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     numbers = asdict(WORLDS[args.world].recipe)
     recipe = parse(Recipe, override(numbers, args.overrides, Recipe), "recipe")
+    if recipe.world != args.world:
+        raise UserError(f"world: --world {recipe.world} chooses it with its own numbers")
     pretrain(recipe, args.output_dir)
 
 

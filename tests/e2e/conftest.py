@@ -22,6 +22,12 @@ from tav_jax import tune
 
 REPOSITORY = Path(__file__).parents[2]
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# Without these it asks its maker's servers at every start.
+SILENT = ["disable-background-networking", "disable-component-update", "disable-sync"]
+BROWSER_OPTIONS = [f"--{name}" for name in ("no-sandbox", "disable-gpu", "disable-quic", *SILENT)]
+BROWSER_PATIENCE = 600_000  # milliseconds
+
 _compiled: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, _, **info: (
@@ -212,3 +218,31 @@ def start_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
 def run_copy(finished_run: FinishedRun, tmp_path: Path) -> Path:
     """A copy of the finished run that a test may write to."""
     return Path(shutil.copytree(finished_run.folder, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """The system's Chromium. It needs playwright, the extra `browser`."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium")
+    options = {"executable_path": CHROMIUM, "args": BROWSER_OPTIONS, "timeout": BROWSER_PATIENCE}
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(**options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def new_context(browser):
+    """Opens a browser's window of its own, which waits long enough for any machine."""
+    contexts = []
+
+    def new(**options):
+        contexts.append(browser.new_context(**options))
+        contexts[-1].set_default_timeout(BROWSER_PATIENCE)
+        return contexts[-1]
+
+    yield new
+    for context in contexts:
+        context.close()

@@ -5,7 +5,6 @@ They need playwright (the extra `browser`) and Chromium, which the system brings
 
 import csv
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -14,38 +13,7 @@ import yaml
 from tav_jax import evaluate, report
 from tav_jax.video.write import write_video
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
-
-# Without these it asks its maker's servers at every start.
-SILENT = ["disable-background-networking", "disable-component-update", "disable-sync"]
-OPTIONS = [f"--{name}" for name in ("no-sandbox", "disable-gpu", "disable-quic", *SILENT)]
-PATIENCE = 600_000  # milliseconds
 PROMPTS = [f"prompt {number}" for number in range(9)] + ["<script>document.title='ran'</script>"]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=OPTIONS, timeout=PATIENCE)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def new_context(browser):
-    """Opens a browser's window of its own, which waits long enough for any machine."""
-    contexts = []
-
-    def new(**options):
-        contexts.append(browser.new_context(**options))
-        contexts[-1].set_default_timeout(PATIENCE)
-        return contexts[-1]
-
-    yield new
-    for context in contexts:
-        context.close()
 
 
 @pytest.fixture

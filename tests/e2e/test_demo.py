@@ -4,7 +4,6 @@ It needs Gradio (the extra `demo`), playwright (the extra `browser`) and the sys
 """
 
 import os
-import shutil
 import signal
 import socket
 import threading
@@ -21,14 +20,6 @@ from tav_jax.runs.adapters import read_adapter
 from tav_jax.video.read import read_all_frames
 
 pytest.importorskip("gradio")
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
-
-# Without these it asks its maker's servers at every start.
-SILENT = ["disable-background-networking", "disable-component-update", "disable-sync"]
-OPTIONS = [f"--{name}" for name in ("no-sandbox", "disable-gpu", "disable-quic", *SILENT)]
-PATIENCE = 600_000  # milliseconds
 # Each of them would open the page to others, if it were obeyed.
 HOSTILE = {
     "GRADIO_SHARE": "1",
@@ -99,32 +90,19 @@ def server(start_once, tmp_path_factory):
     return served
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=OPTIONS, timeout=PATIENCE)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def open_page(browser, server):
+def open_page(new_context, server):
     """Opens the page in a browser's window of its own."""
-    contexts = []
 
     def new(**options):
-        contexts.append(browser.new_context(**options))
-        contexts[-1].set_default_timeout(PATIENCE)
-        page = contexts[-1].new_page()
+        page = new_context(**options).new_page()
         page.asked = []
         page.on("request", lambda request: page.asked.append(request.url))
         page.goto(server.address)
         page.locator("#frames img").first.wait_for()
         return page
 
-    yield new
-    for context in contexts:
-        context.close()
+    return new
 
 
 def listening_addresses(pid: int) -> set[str]:

@@ -104,6 +104,7 @@ def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(trained, tmp_pat
         pytest.param(["steps=5"], "another recipe", id="another recipe"),
         pytest.param(["stepps=5"], "stepps: unknown key; did you mean steps?", id="misspelt"),
         pytest.param(["steps=many", "batch=1.5"], "batch: ", id="two wrong values"),
+        pytest.param(["world=figures"], "world: --world figures chooses", id="another world"),
         pytest.param(["steps"], "expected key=value", id="no value"),
     ],
 )

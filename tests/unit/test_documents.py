@@ -63,7 +63,8 @@ def find_main(words: list[str]):
     """Returns the function that `python WORDS` calls, and its arguments."""
     if words[0] == "-m":
         name, arguments = words[1], words[2:]
-        name = f"{name}.__main__" if name in ("tav_jax.bench", "tav_jax.demo") else name
+        is_package = (ROOT / name.replace(".", "/") / "__main__.py").is_file()
+        name = f"{name}.__main__" if is_package else name
     else:
         assert (ROOT / words[0]).is_file()
         name, arguments = Path(words[0]).stem, words[1:]
