@@ -5,7 +5,9 @@ from pathlib import Path
 
 from tav_jax.parallel import processes as distributed
 from tav_jax.runs.config import TuneConfig, with_absolute_paths
+from tav_jax.runs.overview import has_overview
 from tav_jax.runs.render import render
+from tav_jax.runs.report import NAME as PAGE
 from tav_jax.runs.run import Run
 from tav_jax.runs.samples import Sample, default_sample, is_done
 from tav_jax.runs.tuning import Tuning, is_validated
@@ -52,16 +54,21 @@ def validate(tuning: Tuning, step: int) -> None:
     if step > loggers.start:  # videos of an earlier start, whose events are dropped
         for sample, flag in zip(samples, is_wanted, strict=True):
             if not flag:
-                log_video(folder / f"{sample.stem}.{run.config.validation_data.video_format}")
+                log_video(sample.video_in(folder, run.config.validation_data.video_format))
     render(run, folder, samples, is_wanted, tuning.tuned_model, tuning.stages, on_written=log_video)
 
 
 def is_made(config: TuneConfig) -> bool:
-    """Tell whether a run has all its steps and the videos of its prompts.
+    """Tell whether a run has all its steps, the videos of its prompts, their overview and its page.
 
     Raises:
         UserError: The folder holds a run with other settings, or something else.
     """
     run = Run.create(with_absolute_paths(config))
     step = run.latest_step()
-    return step == config.max_train_steps and not any(missing_samples(run, step))
+    return (
+        step == config.max_train_steps
+        and not any(missing_samples(run, step))
+        and has_overview(run.samples(step))
+        and (run.folder / PAGE).is_file()
+    )

@@ -1,14 +1,16 @@
-"""Kill tuning and sampling at random moments, and compare what the same command makes of it.
+"""Kill commands at random moments, and compare what the same command makes of it.
 
     python tests/campaign/kills.py --kills 50 --terms 20
     python tests/campaign/kills.py --minutes 60 --seed 3
+    python tests/campaign/kills.py --kinds suite --kills 10 --terms 0
 
 A command is started, ended by SIGKILL or SIGTERM, and started again, some times in turn. Then it
-runs to its end. What trains, the latents and the videos must be those of a run that nothing has
-stopped, bit for bit, and no temporary file may be left.
+runs to its end. What trains, the latents, the videos and a suite's scores must be those of a run
+that nothing has stopped, bit for bit, and no temporary file may be left.
 """
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -38,18 +40,42 @@ TUNE = (
     "validation_data.num_inv_steps=4",
 )
 SAMPLE = ("--prompt=a red square on sand", "--prompt=a circle", "--seeds=1,2,3", "--eta=1")
+KINDS = ("tune", "sample", "suite")
+# A suite of two runs with two videos each, scored by a network and without one.
+SUITE = {
+    "settings": {
+        "pretrained_model_path": "tiny-scenes",
+        "train_data": {"n_sample_frames": 4, "width": 32, "height": 32},
+        "validation_data": {"num_inference_steps": 4, "num_inv_steps": 4},
+        "learning_rate": 2e-3,
+        "checkpointing_steps": 2,
+    },
+    "systems": {
+        "tuned": {"settings": {"max_train_steps": 4}},
+        "untuned": {"settings": {"max_train_steps": 0}},
+    },
+    "clips": [
+        {
+            "video_path": str(ROOT / "configs/clips/red-circle-moving-right.mp4"),
+            "prompt": "a red circle is moving right on grass",
+            "edits": ["a red square is moving right on grass", "a ring"],
+        }
+    ],
+    "metrics": ["flicker", "clip_text.figures"],
+}
 MOST_STOPS = 4  # in turn, before a command runs to its end
 
 
 class Bench:
-    """A folder with a run and samples that nothing has stopped, and the commands that make them.
+    """What nothing has stopped, and the commands that make it.
 
     Args:
         folder: Takes all that is written.
         seed: Of the moments.
+        kinds: Kinds of commands. "sample" needs "tune" before it.
     """
 
-    def __init__(self, folder: Path, seed: int):
+    def __init__(self, folder: Path, seed: int, kinds: Sequence[str]):
         self.folder, self.random = folder, random.Random(seed)
         self.count: Counter[str] = Counter()
         self.faults: list[str] = []
@@ -62,7 +88,8 @@ class Bench:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         self.seconds = {}
-        for kind in ("tune", "sample"):
+        (folder / "suite.yaml").write_text(json.dumps(SUITE))
+        for kind in kinds:
             for _ in range(2):  # the second time programs are loaded, as in the runs to be killed
                 shutil.rmtree(self.output(kind, "whole"), ignore_errors=True)
                 process = self.start(kind, "whole")
@@ -71,7 +98,7 @@ class Bench:
                 if process.wait(timeout=900):
                     raise RuntimeError(self.log.read_text())
                 self.seconds[kind] = time.monotonic() - began
-        self.trained = self.trained_parameters("whole")
+        self.trained = self.trained_parameters("whole") if "tune" in kinds else {}
 
     @property
     def log(self) -> Path:
@@ -86,11 +113,16 @@ class Bench:
         """Start a command."""
         output = self.output(kind, name)
         arguments = {
-            "tune": ("--config", ROOT / "configs/quickstart.yaml", f"output_dir={output}", *TUNE),
+            "tune": ("--config", ROOT / "configs/tiny-scenes.yaml", f"output_dir={output}", *TUNE),
             "sample": ("--run", self.output("tune", "whole"), "--output-dir", output, *SAMPLE),
+            "suite": (
+                *("--suite", self.folder / "suite.yaml", "--output-dir", output),
+                *("--scores", output / "scores", "--json", output / "table.json"),
+            ),
         }[kind]
+        program = "evaluate" if kind == "suite" else kind
         with self.log.open("w") as log:
-            command = [sys.executable, "-m", f"tav_jax.{kind}", *map(str, arguments)]
+            command = [sys.executable, "-m", f"tav_jax.{program}", *map(str, arguments)]
             return subprocess.Popen(command, stdout=log, stderr=log, env=self.environment)
 
     def wait_for_output(self, process: subprocess.Popen) -> None:
@@ -157,7 +189,11 @@ class Bench:
             # Overviews show some edits as they were sampled and some as read from their videos.
             if file.stem in ("contact-sheet", "side-by-side"):
                 continue
-            if (whole / file).read_bytes() != (output / file).read_bytes():
+            contents = [
+                (folder / file).read_bytes().replace(str(folder).encode(), b"")
+                for folder in (whole, output)
+            ]
+            if contents[0] != contents[1]:
                 yield f"{file}: differs"
         if kind == "tune":
             ours = self.trained_parameters(name)
@@ -175,7 +211,13 @@ class Bench:
 
 
 def run_campaign(
-    folder: Path, *, kills: int, terms: int, minutes: float, seed: int
+    folder: Path,
+    *,
+    kills: int,
+    terms: int,
+    minutes: float,
+    seed: int,
+    kinds: Sequence[str] = ("tune", "sample"),
 ) -> tuple[Counter[str], list[str]]:
     """Stop commands until there were so many SIGKILLs and SIGTERMs, or the time is over.
 
@@ -183,11 +225,11 @@ def run_campaign(
         How often what has happened, and what is wrong.
     """
     deadline = time.monotonic() + 60 * minutes
-    bench = Bench(folder, seed)
+    bench = Bench(folder, seed, kinds)
     left = {signal.SIGKILL: kills, signal.SIGTERM: terms}
     turn = 0
     while sum(left.values()) and time.monotonic() < deadline:
-        kind = ("tune", "sample")[turn % 2]
+        kind = kinds[turn % len(kinds)]
         for _ in range(bench.random.randint(1, MOST_STOPS)):
             numbers = [number for number, count in left.items() for _ in range(count)]
             if not numbers:
@@ -208,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--terms", type=int, default=400_000)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", choices=KINDS, nargs="+", default=["tune", "sample"])
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         count, faults = run_campaign(Path(folder), **vars(args))

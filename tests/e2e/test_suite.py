@@ -75,6 +75,13 @@ def test_a_suite_runs_each_system_and_scores_it(suite, cli, tmp_path):
     assert "3 runs, 3 of them there already" in again.out
     assert "wrote" not in again.out.replace("wrote " + str(tmp_path / "out.json"), "")
 
+    # As a kill leaves them that comes after the videos.
+    sheet, page = untuned.samples(0) / "contact-sheet.png", untuned.folder / "report.html"
+    for file in (sheet, page):
+        file.unlink()
+        assert "3 runs, 2 of them there already" in cli(evaluate, *arguments(suite)).out
+        assert file.is_file()
+
 
 def test_a_run_without_steps_can_be_tuned_on(suite, cli, tmp_path):
     _, runs = read_suite(suite, tmp_path / "out")
