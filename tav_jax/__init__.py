@@ -81,6 +81,9 @@ if TYPE_CHECKING:
     from tav_jax.errors import (
         UserError as UserError,
     )
+    from tav_jax.evaluation.score_videos import (
+        score_videos as score_videos,
+    )
     from tav_jax.models.attention.frame_attention import (
         sparse_causal_attention as sparse_causal_attention,
     )
@@ -287,6 +290,8 @@ _API: dict[str, tuple[str, ...]] = {
     "video.read": ("read_frames", "to_pixel_values"),
     "video.sheets": ("contact_sheet", "side_by_side"),
     "video.write": ("show_video", "to_frames", "write_image", "write_video"),
+    # Evaluation.
+    "evaluation.score_videos": ("score_videos",),
     # Errors.
     "errors": ("NotLearningError", "UserError"),
 }

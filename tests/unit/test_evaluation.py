@@ -18,6 +18,7 @@ from tav_jax.evaluation.examples import Example, examples_of_systems, read_mater
 from tav_jax.evaluation.intervals import bootstrap
 from tav_jax.evaluation.metrics import METRICS, Metric, select_metrics
 from tav_jax.evaluation.published import published_rows
+from tav_jax.evaluation.score_videos import score_videos
 from tav_jax.evaluation.scores import Scored, score_examples
 from tav_jax.evaluation.tables import Evaluation, csv_text, json_text, markdown_table, text_table
 from tav_jax.models.clip_image import CLIPModel
@@ -293,3 +294,26 @@ def test_means_are_over_clips():
     table = markdown_table(evaluation)
     assert "| metric | better | ours, 3 videos | theirs, 2 videos |" in table
     assert "| flicker.vbench | more | 3.5000 (2.0000 to 5.0000) | 0.3750" in table
+
+
+def test_arrays_get_the_scores_of_files(systems):
+    names = ["flicker", "motion", "background_psnr", "clip_text.figures"]
+    examples = examples_of_systems({"ours": systems / "ours"}, systems / "prompts.csv")[:1]
+    [of_files] = score_examples(examples, select_metrics(names), None)
+    mask = np.zeros((3, 24, 20), bool)
+    mask[:, :, :4] = True
+    given = {"source": random_frames(100), "source_prompt": "a man", "mask": mask}
+    videos, prompts = random_frames(0)[None], ["a panda, red"]
+    [of_arrays] = score_videos(videos, prompts, **given, metrics=names)
+    assert of_arrays == pytest.approx(of_files.scores, rel=1e-5)  # there on all devices
+    assert len(of_files.scores) == 5
+
+    # By default what can be computed, and named ones or an error.
+    alone = score_videos(videos, prompts)
+    assert alone == [{"flicker.vbench": of_files.scores["flicker.vbench"]}]
+    with pytest.raises(UserError, match=r"motion_alignment\.dis: no source video is given"):
+        score_videos(videos, prompts, metrics=["motion", "flicker"])
+    with pytest.raises(UserError, match="fid is no metric"):
+        score_videos(videos, prompts, metrics=["fid"])
+    with pytest.raises(ValueError, match="1 videos have 2 prompts"):
+        score_videos(videos, [*prompts, "a bear"])
