@@ -39,7 +39,7 @@ if $small; then
     speed=("$python" tests/parity/speed.py --network small --frames 2 --size 8 --device cpu
         --attention sdpa)
     pairs=2
-    run=(--config configs/quickstart.yaml max_train_steps=20 validation_data.num_inference_steps=4
+    run=(--config configs/tiny-scenes.yaml max_train_steps=20 validation_data.num_inference_steps=4
         validation_data.num_inv_steps=4)
     golden=("$python" tests/golden.py tests/golden --cases "schedule,vae")
     implementations=(auto chunked)

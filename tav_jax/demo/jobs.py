@@ -26,18 +26,19 @@ from tav_jax.runs.overview import shown
 from tav_jax.runs.render import write_samples
 from tav_jax.runs.run import Run
 from tav_jax.runs.samples import Sample, default_sample, file_stem, is_done
-from tav_jax.runs.tuning import Programs, Tuning, fit, prepare
+from tav_jax.runs.tuning import Programs, Tuning, begun, fit, prepare
 from tav_jax.settings import to_plain
 from tav_jax.stopping import Stopped, received, when_stopped
-from tav_jax.training.checkpoints import remove_unfinished, save_checkpoint
+from tav_jax.training.checkpoints import save_checkpoint
 from tav_jax.video.read import Clip, read_all_frames, read_clip
 from tav_jax.video.sheets import side_by_side
 from tav_jax.video.write import write_video
-from tav_jax.worlds.tiny_scenes.world import TINY_SCENES
+from tav_jax.worlds.figures.world import FIGURES
 
 UPDATES = 50  # of the page, while a run is tuned; more of them if it is long
 STEPS_APART_AT_MOST = 10  # between two updates, which are also where it can be cancelled
 PREVIEWS = 3  # while a run is tuned; the last is that of the tuned model
+WORLD = FIGURES  # of the clips that the page offers
 FRAMES_OF_DRAWN_CLIP, FPS_OF_DRAWN_CLIP = 24, 8
 MOST_PROMPTS = 20  # of one job
 
@@ -59,19 +60,26 @@ class Defaults:
         steps: Number of updates.
         learning_rate: The learning rate.
         guidance_scale: Weight of the guidance.
+        sampling_steps: Number of inversion and of sampling steps.
     """
 
     size: int
     steps: int
     learning_rate: float
     guidance_scale: float
+    sampling_steps: int
+
+
+# As configs/quickstart.yaml and configs/tiny-scenes.yaml have them.
+OF_SHIPPED = {
+    "tiny-figures": Defaults(64, 80, 5e-4, 3.0, 25),
+    "tiny-scenes": Defaults(32, 150, 2e-3, 2.0, 50),
+}
 
 
 def defaults_for(model: str) -> Defaults:
-    """Return settings that suit a base model: the quick start's, or the original release's."""
-    if model in SHIPPED:
-        return Defaults(32, 150, 2e-3, 2.0)
-    return Defaults(512, 500, 3e-5, 12.5)
+    """Return settings that suit a base model, by default those of the original release."""
+    return OF_SHIPPED.get(model, Defaults(512, 500, 3e-5, 12.5, 50))
 
 
 @dataclass(frozen=True)
@@ -220,11 +228,11 @@ class Studio:
         self._kept: tuple[Path, int, Model] | None = None
 
     def drawn_clip(self, name: str) -> Path:
-        """Return the file of a clip of the world `tiny_scenes`, drawn at its first use."""
+        """Return the file of a clip of `WORLD`, drawn at its first use."""
         path = self.clips / f"{name}.mp4"
         if not path.is_file():
-            frames = TINY_SCENES.render(TINY_SCENES.clips[name], FRAMES_OF_DRAWN_CLIP)
-            write_video(path, frames, fps=FPS_OF_DRAWN_CLIP)
+            frames = WORLD.render(WORLD.clips[name], FRAMES_OF_DRAWN_CLIP)
+            write_video(path, shown(frames), fps=FPS_OF_DRAWN_CLIP)
         return path
 
     def tune(self, choices: Choices, prompt: str, cancelled: threading.Event) -> Iterator[Progress]:
@@ -247,10 +255,7 @@ class Studio:
         run = Run.create(config)
         with lock_run(run.folder), on_mesh(run.mesh()):
             tuning = prepare(run, self._programs)
-            run.record_config()
-            run.remove_partials()
-            remove_unfinished(run.checkpoints)
-            with run.kept():
+            with begun(run):
                 yield from self._fit(tuning, prompt, cancelled)
             self._kept = run.folder, tuning.start, tuning.tuned_model()
 
@@ -374,7 +379,7 @@ class Studio:
             folder = run.folder / "edits" / f"{folder.name}-{_digest(settings)}"
         video_format = run.config.validation_data.video_format
         if is_done(sample, folder, video_format):
-            return folder / f"{sample.stem}.{video_format}"
+            return sample.video_in(folder, video_format)
         [(path, _)] = write_samples(run, model, [sample], folder, Stages())
         return path
 

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,14 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from tav_jax.demo.jobs import SAMPLINGS, Choices, Studio, chosen_frames, defaults_for
+from tav_jax.demo.jobs import SAMPLINGS, WORLD, Choices, Studio, chosen_frames, defaults_for
 from tav_jax.demo.queue import Job, Progress, Queue, Work
 from tav_jax.errors import UserError
 from tav_jax.pretrained.hub import SHIPPED
-from tav_jax.worlds.tiny_scenes.world import TINY_SCENES
 
 OWN = "a clip of mine"
 FILE_TYPES = ["video", ".gif", ".webp", ".apng"]
-FIRST_CLIP = "circle-right"
-FIRST_MODEL = "tiny-scenes"
+FIRST_CLIP = "man-skiing"
 MOST_POINTS = 500  # of the plot, which has no more pixels
 
 # Fonts of the reader's system: the default theme's come from a server.
@@ -76,6 +75,101 @@ class Sessions:
             self._queue.cancel(job)
 
 
+class Handlers:
+    """What the page does when its reader does something. Returns new values of its components.
+
+    Args:
+        studio: Does what readers ask for.
+        sessions: Their jobs.
+    """
+
+    def __init__(self, studio: Studio, sessions: Sessions):
+        self._studio, self._sessions = studio, sessions
+
+    def choices(self, clip: str, upload: str | None, *values: Any) -> Choices:
+        """Return what is chosen, with the file of a drawn clip."""
+        file = str(self._studio.drawn_clip(clip)) if clip in WORLD.clips else upload
+        return Choices(file, *values)
+
+    def show_frames(self, *values: Any) -> tuple[Any, Any]:
+        """Return the frames that are chosen, and what is wrong with the clip."""
+        nothing = values[0] == OWN and not values[1]
+        try:
+            shown = None if nothing else chosen_frames(self.choices(*values))
+        except UserError as error:
+            return None, show(str(error))
+        images = [] if shown is None else list(zip(shown.frames, shown.indices, strict=True))
+        return [(image, str(index)) for image, index in images], show("")
+
+    def tune(
+        self, request: gr.Request, run: Path | None, prompt: str, *values: Any
+    ) -> Iterator[Any]:
+        """Yield the tuning's text, losses and preview, and the run's folder when there is one."""
+        player = show(None)  # that of another run is not this one's
+        video = None
+
+        def work() -> Work:
+            return partial(self._studio.tune, self.choices(*values), prompt.strip())
+
+        for progress in self._sessions.follow(request.session_hash, work):
+            run = progress.result or run
+            newest = progress.videos[-1] if progress.videos else None
+            if newest != video:
+                video, player = newest, show(str(newest))
+            yield progress.text, losses_table(progress), player, run
+            player = gr.skip()  # which begins anew if it gets the same video again
+
+    def sample(
+        self, request: gr.Request, run: Path | None, prompts: str, guidance: int | float
+    ) -> Iterator[Any]:
+        """Yield the sampling's text, its newest video, and the files so far."""
+        count = 0
+
+        def work() -> Work:
+            settings = {"guidance_scale": guidance}
+            return partial(self._studio.sample, tuned_run(run), prompts.splitlines(), settings)
+
+        for progress in self._sessions.follow(request.session_hash, work):
+            files = [str(path) for path in progress.videos]
+            player = gr.skip() if len(files) == count else show(files[-1])
+            count = len(files)
+            yield progress.text, player, show(files) if files else gr.skip()
+
+    def make_adapter(self, request: gr.Request, run: Path | None) -> Iterator[Any]:
+        """Yield what is done, and the adapter when it is made."""
+
+        def work() -> Work:
+            return partial(self._studio.adapter, tuned_run(run))
+
+        for progress in self._sessions.follow(request.session_hash, work):
+            yield progress.text, show(str(progress.result) if progress.result else None)
+
+
+def choose_clip(clip: str) -> tuple[Any, ...]:
+    """Return whether a file can be uploaded, and a caption and prompts for the clip."""
+    if clip not in WORLD.clips:
+        return gr.update(visible=True), "", "", ""
+    return gr.update(visible=False), described(clip), edit_of(clip), edit_of(clip, 3)
+
+
+def choose_model(model: str) -> tuple[Any, ...]:
+    """Return settings that suit a base model."""
+    return astuple(defaults_for(model))
+
+
+def looping_video(label: str, elem_id: str) -> gr.Video:
+    """Return a place for a video, which is shown when there is one."""
+    return gr.Video(
+        label=label,
+        interactive=False,
+        visible=False,
+        autoplay=True,
+        loop=True,
+        elem_id=elem_id,
+        buttons=[],
+    )
+
+
 def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
     """Return the page.
 
@@ -85,15 +179,15 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
         most_megabytes: Size of the largest file that may be uploaded.
     """
     sessions = Sessions(queue)
-    usual = defaults_for(FIRST_MODEL)
-    scene = TINY_SCENES.clips[FIRST_CLIP]
+    do = Handlers(studio, sessions)
+    usual = defaults_for(WORLD.model)
     with gr.Blocks(title="Tune-A-Video", analytics_enabled=False) as page:
         run = gr.State(None)
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column():
                 gr.Markdown("## 1. Clip")
-                names = [(TINY_SCENES.describe(one), key) for key, one in TINY_SCENES.clips.items()]
+                names = [(described(name), name) for name in WORLD.clips]
                 clip = gr.Dropdown([*names, OWN], value=FIRST_CLIP, label="Clip", elem_id="clip")
                 upload = gr.File(
                     label=f"A video of yours, at most {most_megabytes} MB",
@@ -103,7 +197,7 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
                     elem_id="upload",
                 )
                 caption = gr.Textbox(
-                    TINY_SCENES.describe(scene), label="Caption: what it shows", elem_id="caption"
+                    described(FIRST_CLIP), label="Caption: what it shows", elem_id="caption"
                 )
                 with gr.Accordion("Frames", open=False):
                     frames = gr.Slider(1, 24, 8, step=1, label="Number of frames", elem_id="count")
@@ -130,7 +224,7 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
                 gr.Markdown("## 2. Tune")
                 model = gr.Dropdown(
                     sorted(SHIPPED),
-                    value=FIRST_MODEL,
+                    value=WORLD.model,
                     allow_custom_value=True,
                     label="Base model",
                     info="A model of the package, a folder, a file or a Hub id",
@@ -147,7 +241,7 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
                         usual.learning_rate, label="Learning rate", elem_id="learning-rate"
                     )
                     sampling_steps = gr.Number(
-                        50,
+                        usual.sampling_steps,
                         label="Steps of inversion and sampling",
                         precision=0,
                         minimum=1,
@@ -166,15 +260,7 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
                     elem_id="loss",
                     buttons=[],
                 )
-                previewed = gr.Video(
-                    label="Preview",
-                    interactive=False,
-                    visible=False,
-                    autoplay=True,
-                    loop=True,
-                    elem_id="preview",
-                    buttons=[],
-                )
+                previewed = looping_video("Preview", "preview")
         gr.Markdown("## 3. Edit")
         with gr.Row():
             with gr.Column():
@@ -196,15 +282,7 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
                     label="Sampling", interactive=False, elem_id="sampling", lines=2
                 )
             with gr.Column():
-                beside = gr.Video(
-                    label="The clip and the edit",
-                    interactive=False,
-                    visible=False,
-                    autoplay=True,
-                    loop=True,
-                    elem_id="beside",
-                    buttons=[],
-                )
+                beside = looping_video("The clip and the edit", "beside")
                 videos = gr.File(
                     label="Videos: each edit, and the clip beside it",
                     interactive=False,
@@ -225,87 +303,26 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
         chosen = [clip, upload, caption, model, frames, first_frame, sampling, size, steps, rate]
         chosen += [guidance, sampling_steps]
 
-        def choices(clip: str, upload: str | None, *values: Any) -> Choices:
-            drawn = clip in TINY_SCENES.clips
-            file = str(studio.drawn_clip(clip)) if drawn else upload
-            return Choices(file, *values)
-
-        def show_frames(*values: Any) -> tuple[Any, Any]:
-            nothing = values[0] == OWN and not values[1]
-            try:
-                shown = None if nothing else chosen_frames(choices(*values))
-            except UserError as error:
-                return None, show(str(error))
-            images = [] if shown is None else list(zip(shown.frames, shown.indices, strict=True))
-            return [(image, str(index)) for image, index in images], show("")
-
-        def choose_clip(clip: str) -> tuple[Any, ...]:
-            if clip not in TINY_SCENES.clips:
-                return gr.update(visible=True), "", "", ""
-            described = TINY_SCENES.describe(TINY_SCENES.clips[clip])
-            return gr.update(visible=False), described, edit_of(clip), edit_of(clip, 3)
-
-        def choose_model(model: str) -> tuple[Any, ...]:
-            fitting = defaults_for(model)
-            return fitting.size, fitting.steps, fitting.learning_rate, fitting.guidance_scale
-
-        def tune(request: gr.Request, run: Path | None, prompt: str, *values: Any) -> Iterator[Any]:
-            player = show(None)  # that of another run is not this one's
-            video = None
-
-            def work() -> Work:
-                return partial(studio.tune, choices(*values), prompt.strip())
-
-            for progress in sessions.follow(request.session_hash, work):
-                run = progress.result or run
-                newest = progress.videos[-1] if progress.videos else None
-                if newest != video:
-                    video, player = newest, show(str(newest))
-                yield progress.text, losses_table(progress), player, run
-                player = gr.skip()  # which begins anew if it gets the same video again
-
-        def sample(
-            request: gr.Request, run: Path | None, prompts: str, guidance: int | float
-        ) -> Iterator[Any]:
-            count = 0
-
-            def work() -> Work:
-                settings = {"guidance_scale": guidance}
-                return partial(studio.sample, tuned_run(run), prompts.splitlines(), settings)
-
-            for progress in sessions.follow(request.session_hash, work):
-                files = [str(path) for path in progress.videos]
-                player = gr.skip() if len(files) == count else show(files[-1])
-                count = len(files)
-                yield progress.text, player, show(files) if files else gr.skip()
-
-        def make_adapter(request: gr.Request, run: Path | None) -> Iterator[Any]:
-            for progress in sessions.follow(
-                request.session_hash, lambda: partial(studio.adapter, tuned_run(run))
-            ):
-                yield progress.text, show(str(progress.result) if progress.result else None)
-
         # Jobs wait in our own queue, so events need not wait in Gradio's.
         event: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}
         job = event | {"show_progress": "hidden"}
         looks = [chosen, [gallery, wrong]]
-        page.load(show_frames, *looks, **event)
+        page.load(do.show_frames, *looks, **event)
         clip.input(choose_clip, clip, [upload, caption, preview, prompts], **event).then(
-            show_frames, *looks, **event
+            do.show_frames, *looks, **event
         )
         gr.on(
             [upload.change, frames.release, first_frame.submit, first_frame.blur],
-            show_frames,
+            do.show_frames,
             *looks,
             **event,
         )
-        gr.on([sampling.input, size.submit, size.blur], show_frames, *looks, **event)
-        model.input(choose_model, model, [size, steps, rate, guidance], **event).then(
-            show_frames, *looks, **event
-        )
-        tune_button.click(tune, [run, preview, *chosen], [tuned, plot, previewed, run], **job)
-        sample_button.click(sample, [run, prompts, guidance], [sampled, beside, videos], **job)
-        adapter_button.click(make_adapter, run, [sampled, adapter], **job)
+        gr.on([sampling.input, size.submit, size.blur], do.show_frames, *looks, **event)
+        numbers = [size, steps, rate, guidance, sampling_steps]
+        model.input(choose_model, model, numbers, **event).then(do.show_frames, *looks, **event)
+        tune_button.click(do.tune, [run, preview, *chosen], [tuned, plot, previewed, run], **job)
+        sample_button.click(do.sample, [run, prompts, guidance], [sampled, beside, videos], **job)
+        adapter_button.click(do.make_adapter, run, [sampled, adapter], **job)
         for button in (cancel_tuning, cancel_sampling):
             button.click(sessions.cancel, queue=False, **event)
         page.unload(sessions.cancel)
@@ -323,9 +340,14 @@ def tuned_run(run: Path | None) -> Path:
     return run
 
 
+def described(clip: str) -> str:
+    """Return the caption of a drawn clip."""
+    return WORLD.describe(WORLD.clips[clip])
+
+
 def edit_of(clip: str, number: int = 1) -> str:
     """Return a prompt that changes one thing of a drawn clip."""
-    return TINY_SCENES.edits[clip][number].prompt
+    return WORLD.edits[clip][number].prompt
 
 
 def show(value: Any) -> Any:

@@ -19,7 +19,11 @@ WEIGHT_STEMS = {
 CLIP_STEMS = {"": "model"}
 
 # Models that come with this package, by name.
-SHIPPED = {"tiny-scenes": Path(__file__).parents[1] / "worlds/tiny_scenes/weights"}
+_WORLDS = Path(__file__).parents[1] / "worlds"
+SHIPPED = {
+    "tiny-figures": _WORLDS / "figures/weights",
+    "tiny-scenes": _WORLDS / "tiny_scenes/weights",
+}
 
 
 def find_folder(

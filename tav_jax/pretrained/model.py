@@ -84,7 +84,8 @@ def load_model(
     Args:
         pretrained_model_path: A folder in the Hub's layout (SD 1.x, 2.x base, their DreamBooth
             exports, or a model with a tuned 3D U-Net), a Hub id such as
-            "CompVis/stable-diffusion-v1-4", or "tiny-scenes", which comes with the package.
+            "CompVis/stable-diffusion-v1-4", or "tiny-figures" or "tiny-scenes", which come with
+            the package.
         dtype: "float32" or "bfloat16", the type of the computation and of the stored parameters.
         float32_modules: Modules of the U-Net that are stored in float32 in any case, such as
             those to be trained.

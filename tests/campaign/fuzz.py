@@ -384,7 +384,7 @@ def yaml_config(rng: random.Random) -> Iterator[Case]:
     from tav_jax.settings import parse, read_tree
     from tav_jax.worlds.experiments import Experiment
 
-    good = ROOT / "configs/quickstart.yaml"
+    good = ROOT / "configs/tiny-scenes.yaml"
 
     def read(path: Path, rng: random.Random) -> object:
         match rng.randrange(4):

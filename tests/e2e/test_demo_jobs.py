@@ -127,10 +127,10 @@ def test_frames_are_shown_and_the_path_of_an_upload_is_not(choices, tmp_path):
 
 def test_a_drawn_clip_is_drawn_once(tmp_path):
     studio = Studio(tmp_path)
-    path = studio.drawn_clip("circle-right")
+    path = studio.drawn_clip("man-skiing")
     written = path.stat().st_mtime_ns
-    assert studio.drawn_clip("circle-right").stat().st_mtime_ns == written
-    assert read_all_frames(path).shape == (24, 32, 32, 3)
+    assert studio.drawn_clip("man-skiing").stat().st_mtime_ns == written
+    assert read_all_frames(path).shape == (24, 256, 256, 3)
 
 
 # The queue.

@@ -1,10 +1,15 @@
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
+import einops
 import numpy as np
 import pytest
 
+from tav_jax.evaluation.suites import read_suite
+from tav_jax.video.read import read_all_frames
 from tav_jax.worlds.figures.drawing import centre, cover, draw_batch, render, truth, visible_phase
+from tav_jax.worlds.figures.edits import EDITS
 from tav_jax.worlds.figures.poses import LOWER_ARM, SHIN, THIGH, TORSO, UPPER_ARM, pose
 from tav_jax.worlds.figures.scenes import (
     BACKGROUNDS,
@@ -23,6 +28,8 @@ from tav_jax.worlds.figures.scenes import (
     sample_scenes,
     words_of,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -165,6 +172,28 @@ def test_clips_stay_inside_the_image(clip):
     border = np.ones((SIZE, SIZE), bool)
     border[1:-1, 1:-1] = False
     assert mask[:, border].sum(axis=1).max() < 0.5
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_shipped_clip_is_the_worlds_drawing(name):
+    shown = read_all_frames(ROOT / f"configs/clips/figures/{name}.mp4")
+    drawn = render(CLIPS[name], len(shown))
+    reduced = einops.reduce(
+        shown.astype(np.float32), "f (h a) (w b) c -> f h w c", "mean", a=4, b=4
+    )
+    assert np.abs(reduced - drawn).mean() < 2.5
+
+
+def test_the_papers_suite_edits_the_shipped_clips_as_the_experiments_do(tmp_path):
+    suite, runs = read_suite(ROOT / "configs/suites/paper.yaml", tmp_path)
+    made = Counter()
+    for run in runs:
+        made[run.system] += len(run.config.validation_data.prompts)
+    assert sorted(made.values()) == [256] * 4 + [1024] * 2
+    edits = {clip.folder: [clip.prompt, *clip.edits] for clip in suite.clips}
+    assert edits == {
+        name: [edit.prompt for edit in EDITS[name] if edit.kind != "open"] for name in CLIPS
+    }
 
 
 def test_every_style_is_drawn_differently():

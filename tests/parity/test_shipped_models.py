@@ -1,4 +1,4 @@
-"""The shipped base model in PyTorch: diffusers draws the same image from the same noise."""
+"""The shipped base models in PyTorch: diffusers draws the same image from the same noise."""
 
 import numpy as np
 import pytest
@@ -12,27 +12,32 @@ torch = pytest.importorskip("torch")
 # diffusers' own import warns of torch's renamed parts.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-PROMPT = "a yellow square is moving right on sand"
 
-
-def test_diffusers_draws_the_same_image(recwarn):
+@pytest.mark.parametrize(
+    ("name", "size", "prompt"),
+    [
+        ("tiny-scenes", 32, "a yellow square is moving right on sand"),
+        ("tiny-figures", 64, "a panda is skiing on snow"),
+    ],
+)
+def test_diffusers_draws_the_same_image(name, size, prompt, recwarn):
     from diffusers import StableDiffusionPipeline
 
     theirs = StableDiffusionPipeline.from_pretrained(
-        SHIPPED["tiny-scenes"], torch_dtype=torch.float32, local_files_only=True
+        SHIPPED[name], torch_dtype=torch.float32, local_files_only=True
     )
     theirs.set_progress_bar_config(disable=True)
-    model = load_model("tiny-scenes")
+    model = load_model(name)
     model = model.with_unet(
         model.unet.with_config(attention_scope="spatial")  # one frame: any scope is the same
     )
-    noise = random_latents(model, [3], 1, 32, 32)
-    latents = sample_latents(model, noise, [PROMPT], guidance_scale=3.0, num_inference_steps=20)
+    noise = random_latents(model, [3], 1, size, size)
+    latents = sample_latents(model, noise, [prompt], guidance_scale=3.0, num_inference_steps=20)
     ours = np.asarray(decode_latents(model, latents))[0, 0] / 2 + 0.5
     image = theirs(
-        PROMPT,
-        height=32,
-        width=32,
+        prompt,
+        height=size,
+        width=size,
         latents=torch.tensor(np.moveaxis(np.asarray(noise)[0], -1, 1)),
         guidance_scale=3.0,
         num_inference_steps=20,
