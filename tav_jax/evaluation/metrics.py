@@ -123,6 +123,17 @@ class Metric:
     network: str | None = None
 
 
+def compute(metrics: Sequence[Metric], subject: Subject) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the scores by the metrics' names, and why there is none of the others."""
+    scores, reasons = {}, {}
+    for metric in metrics:
+        try:
+            scores[metric.name] = metric.score(subject)
+        except UserError as error:
+            reasons[metric.name] = str(error)
+    return scores, reasons
+
+
 def _text_loveu(subject: Subject) -> float:
     frames = subject.square_features.projected
     return clip_metrics.text_alignment(frames, subject.texts[0], subject.scale)

@@ -1,7 +1,7 @@
 """The CLIP networks of the metrics: where they are, and which files they are made of."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +106,25 @@ def locate(name: str, given: Mapping[str, str], *, download: bool) -> Located:
             f"it, {published.option} names a folder"
         )
     return Located(name, *wanted)
+
+
+def locate_all(
+    names: Iterable[str], given: Mapping[str, str], *, download: bool
+) -> tuple[dict[str, Located], dict[str, str]]:
+    """Return where networks are, by their names, and why others cannot be had.
+
+    Args:
+        names: The networks. One may be named repeatedly.
+        given: See `locate`.
+        download: See `locate`.
+    """
+    located, missing = {}, {}
+    for name in dict.fromkeys(names):
+        try:
+            located[name] = locate(name, given, download=download)
+        except UserError as error:
+            missing[name] = str(error)
+    return located, missing
 
 
 def _folder_of(path: str | None) -> Path | None:

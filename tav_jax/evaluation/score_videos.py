@@ -42,8 +42,9 @@ def score_videos(
 
     from tav_jax.errors import UserError
     from tav_jax.evaluation.examples import Example, Material
-    from tav_jax.evaluation.metrics import Subject, select_metrics
-    from tav_jax.evaluation.networks import locate
+    from tav_jax.evaluation.metrics import Subject, compute, select_metrics
+    from tav_jax.evaluation.networks import locate_all
+    from tav_jax.pretrained.clip import Clip
 
     if len(videos) != len(prompts):
         raise ValueError(f"{len(videos)} videos have {len(prompts)} prompts")
@@ -51,29 +52,26 @@ def score_videos(
         if array is not None and array.shape[:3] != videos.shape[1:4]:
             raise ValueError(f"{name}: its shape is {array.shape}, that of videos {videos.shape}")
     chosen = select_metrics(metrics)
-    clips = {}
-    problems: dict[str, str] = {}
-    for network in dict.fromkeys(metric.network for metric in chosen if metric.network):
+    names = [metric.network for metric in chosen if metric.network]
+    located, missing = locate_all(names, networks or {}, download=False)
+    clips: dict[str | None, Clip | None] = {None: None}
+    for name, where in located.items():
         try:
-            clips[network] = locate(network, networks or {}, download=False).load()
+            clips[name] = where.load()
         except UserError as error:
-            problems |= {one.name: str(error) for one in chosen if one.network == network}
+            missing[name] = str(error)
+    problems = {one.name: missing[one.network] for one in chosen if one.network in missing}
     scores: list[dict[str, float]] = []
     for video, prompt in zip(videos, prompts, strict=True):
         example = Example("", Path(), prompt, "", source_prompt=source_prompt)
-        found = {}
-        material = Material(video, source, mask)
-        # One of each network, which keeps what its metrics have in common.
-        subjects = {name: Subject(example, material, clip) for name, clip in clips.items()}
-        alone = Subject(example, material)
-        for metric in chosen:
-            if metric.name not in problems:
-                subject = subjects[metric.network] if metric.network else alone
-                try:
-                    found[metric.name] = metric.score(subject)
-                except UserError as error:
-                    problems[metric.name] = str(error)
-        scores.append(found)
+        found: dict[str, float] = {}
+        for network, clip in clips.items():
+            subject = Subject(example, Material(video, source, mask), clip)
+            group = [m for m in chosen if m.network == network and m.name not in problems]
+            values, reasons = compute(group, subject)
+            found |= values
+            problems |= reasons
+        scores.append({one.name: found[one.name] for one in chosen if one.name in found})
     if metrics is not None and problems:
         raise UserError("\n".join(f"{name}: {problem}" for name, problem in problems.items()))
     return scores

@@ -15,8 +15,8 @@ import numpy as np
 
 from tav_jax.errors import UserError
 from tav_jax.evaluation.examples import Example, Material, check_each, read_material
-from tav_jax.evaluation.metrics import Metric, Subject
-from tav_jax.evaluation.networks import Located, locate
+from tav_jax.evaluation.metrics import Metric, Subject, compute
+from tav_jax.evaluation.networks import Located, locate_all
 from tav_jax.files import atomic_write
 from tav_jax.parallel.sharding import make_mesh, on_mesh, shard
 from tav_jax.pretrained.clip import Clip
@@ -59,11 +59,14 @@ def score_examples(
     """
     digests: list[str] = []
     check_each(examples, lambda one: digests.append(_digest(one, read_material(one))))
-    located, missing = _locate_all(metrics, networks or {}, download)
+    wanted = [metric.network for metric in metrics if metric.network]
+    located, missing = locate_all(wanted, networks or {}, download=download)
+    for name in located.keys() & (networks or {}).keys():
+        located[name].load()  # refuses another network's folder before anything is computed
     results = [Scored(example) for example in examples]
     for network in dict.fromkeys(metric.network for metric in metrics):
         group = [metric for metric in metrics if metric.network == network]
-        if network in missing:
+        if network and network in missing:
             for result in results:
                 result.reasons.update((metric.name, missing[network]) for metric in group)
             continue
@@ -93,22 +96,6 @@ def last_scores(examples: Sequence[Example], store: Path | None) -> list[dict[st
     return found
 
 
-def _locate_all(
-    metrics: Sequence[Metric], given: Mapping[str, str], download: bool
-) -> tuple[dict[str, Located], dict[str | None, str]]:
-    """Return where the metrics' networks are, and why others cannot be had."""
-    located: dict[str, Located] = {}
-    missing: dict[str | None, str] = {}
-    for name in dict.fromkeys(metric.network for metric in metrics if metric.network):
-        try:
-            located[name] = locate(name, given, download=download)
-        except UserError as error:
-            missing[name] = str(error)
-    for name in located.keys() & given.keys():
-        located[name].load()  # refuses another network's folder before anything is computed
-    return located, missing
-
-
 def _score_group(
     results: Sequence[Scored],
     metrics: Sequence[Metric],
@@ -132,13 +119,10 @@ def _score_group(
         clip = _placed(where.load()) if where else None
         for result, scores, values in wanted:
             subject = Subject(result.example, read_material(result.example), clip)
-            for metric in metrics:
-                if metric.name in values:
-                    continue
-                try:
-                    values[metric.name] = result.scores[metric.name] = metric.score(subject)
-                except UserError as error:
-                    result.reasons[metric.name] = str(error)
+            found, reasons = compute([m for m in metrics if m.name not in values], subject)
+            values.update(found)
+            result.scores.update(found)
+            result.reasons.update(reasons)
             scores.write(values)
             progress.update(1)
 
