@@ -2,13 +2,22 @@
 
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from tav_jax.demo.jobs import Choices, Studio, chosen_frames, make_config
+from tav_jax.demo.jobs import (
+    Choices,
+    Defaults,
+    Studio,
+    chosen_frames,
+    defaults_for,
+    make_config,
+)
 from tav_jax.demo.queue import MOST_JOBS, Progress, Queue
 from tav_jax.errors import UserError
 from tav_jax.runs.adapters import read_adapter
+from tav_jax.runs.config import load_config
 from tav_jax.runs.metrics_log import read_metrics
 from tav_jax.runs.run import Run
 from tav_jax.stopping import Stopped
@@ -123,6 +132,22 @@ def test_frames_are_shown_and_the_path_of_an_upload_is_not(choices, tmp_path):
     with pytest.raises(UserError) as refused:
         chosen_frames(replace(choices, clip=str(broken)))
     assert str(tmp_path) not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "file"), [("tiny-figures", "quickstart"), ("tiny-scenes", "tiny-scenes")]
+)
+def test_the_page_proposes_the_numbers_of_the_shipped_configs(model, file):
+    config, _ = load_config(Path(__file__).parents[2] / f"configs/{file}.yaml", [])
+    validation = config.validation_data
+    assert config.pretrained_model_path == model
+    assert defaults_for(model) == Defaults(
+        config.train_data.width,
+        config.max_train_steps,
+        config.learning_rate,
+        validation.guidance_scale,
+        validation.num_inference_steps,
+    )
 
 
 def test_a_drawn_clip_is_drawn_once(tmp_path):
