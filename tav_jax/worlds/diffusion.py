@@ -58,7 +58,7 @@ def train_diffusion(
 
     Args:
         recipe: The numbers of the training.
-        model: The model. Its autoencoder is trained, its text encoder and U-Net are not.
+        model: The model to start from. Its autoencoder is trained.
         training_set: The scenes.
         evaluate: Says how well a model draws. It is called at each checkpoint.
         folder: Where checkpoints and metrics are kept.
@@ -78,7 +78,7 @@ def train_diffusion(
     encoded = encode_training_set(model, training_set)
     params = {
         "text_encoder": model.text_encoder.params,
-        "unet": zero_init_residuals(model.unet.params),
+        "unet": model.unet.params,
     }
     loss_fn = partial(diffusion_loss, model=model)
     make_batch = partial(draw_batch, encoded=encoded, recipe=recipe)
@@ -96,18 +96,6 @@ def with_params(model: Model, params: dict[str, Params]) -> Model:
         text_encoder=model.text_encoder.with_params(params["text_encoder"]),
         unet=model.unet.with_params(params["unet"]),
     )
-
-
-def zero_init_residuals(params: Params) -> Params:
-    """Return a U-Net's parameters with the last kernel of every residual branch set to zero.
-
-    The untrained network then predicts zero, and each branch adds to it as it learns.
-    """
-    last = (".conv2.kernel", ".to_out.0.kernel", ".ff.net.2.kernel", ".proj_out.kernel")
-    return {
-        name: value * (not (name.endswith(last) or name.startswith("conv_out.kernel")))
-        for name, value in params.items()
-    }
 
 
 def encode_training_set(model: Model, training_set: TrainingSet) -> EncodedSet:

@@ -4,12 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tav_jax.errors import UserError
 from tav_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from tav_jax.models.network import Network, init_network
+from tav_jax.models.network import Network, init_network, parameter_shapes
 from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
 from tav_jax.models.vae import AutoencoderKL, VAEConfig
 from tav_jax.pretrained.configs import read_schedule
-from tav_jax.pretrained.model import Model
+from tav_jax.pretrained.model import Model, load_model
+from tav_jax.types import Params
 from tav_jax.worlds.recipe import Recipe, TrainingKeys
 from tav_jax.worlds.tokenizer import write_tokenizer
 from tav_jax.worlds.world import World
@@ -110,10 +112,43 @@ def init_model(
     length = TEXT_ENCODER.max_position_embeddings
     tokenizer = write_tokenizer(tokenizer_folder, world.words, length)
     text_encoder = replace(TEXT_ENCODER, vocab_size=len(tokenizer))
+    unet = init_network(UNet3DConditionModel, world.unet, keys.unet_init)
     return Model(
         tokenizer,
         init_network(CLIPTextModel, text_encoder, keys.text_encoder_init),
         vae,
-        init_network(UNet3DConditionModel, world.unet, keys.unet_init),
+        unet.with_params(zero_init_residuals(unet.params)),
         read_schedule(scheduler_config(recipe)),
     )
+
+
+def zero_init_residuals(params: Params) -> Params:
+    """Return a U-Net's parameters with the last kernel of every residual branch set to zero.
+
+    The untrained network then predicts zero, and each branch adds to it as it learns.
+    """
+    last = (".conv2.kernel", ".to_out.0.kernel", ".ff.net.2.kernel", ".proj_out.kernel")
+    return {
+        name: value * (not (name.endswith(last) or name.startswith("conv_out.kernel")))
+        for name, value in params.items()
+    }
+
+
+def load_trained(world: World, recipe: Recipe) -> Model:
+    """Return the image model that a recipe starts from.
+
+    Raises:
+        UserError: There is no such model, or it is not one of the world's.
+    """
+    model = load_model(recipe.start_from or world.model, attention_scope="spatial")
+    config = replace(model.unet.config, temporal_attention=False)
+    found = (config, model.vae.config, model.schedule.prediction_type)
+    if found != (world.unet, world.vae, recipe.prediction_type):
+        raise UserError(
+            f"start_from: {recipe.start_from} has not the networks of {world.model}, or another "
+            "prediction_type"
+        )
+    # The temporal attention that loading adds is left out: an image model has none.
+    shapes = parameter_shapes(UNet3DConditionModel, config)
+    params = {name: model.unet.params[name] for name in shapes}
+    return model.with_unet(Network(UNet3DConditionModel, config, params))

@@ -2,7 +2,8 @@
 
 First the autoencoder is trained, then its decoder alone, then the text encoder and the U-Net
 together. The result is a Stable Diffusion folder. Each stage resumes from its newest checkpoint and
-writes its training curve to `metrics.jsonl`.
+writes its training curve to `metrics.jsonl`. `start_from=MODEL` goes on with a model's text encoder
+and U-Net.
 """
 
 import sys
@@ -17,6 +18,7 @@ import numpy as np
 from tav_jax.console import Parser, command, say
 from tav_jax.errors import UserError
 from tav_jax.models.network import Network
+from tav_jax.models.vae import AutoencoderKL
 from tav_jax.pretrained.model import Model, save_model
 from tav_jax.settings import override, parse
 from tav_jax.video.sheets import contact_sheet
@@ -24,11 +26,11 @@ from tav_jax.video.write import write_image
 from tav_jax.worlds.autoencoder import Evaluation, train_autoencoder
 from tav_jax.worlds.decoder import refine_decoder
 from tav_jax.worlds.diffusion import train_diffusion
-from tav_jax.worlds.networks import init_autoencoder, init_model, scheduler_config
+from tav_jax.worlds.networks import init_autoencoder, init_model, load_trained, scheduler_config
 from tav_jax.worlds.recipe import Recipe, Stream, generator, training_keys
 from tav_jax.worlds.recorded_settings import differ_from_recorded, record_settings
 from tav_jax.worlds.text_to_image import accuracy, draw_scenes, in_words
-from tav_jax.worlds.training_set import make_training_set
+from tav_jax.worlds.training_set import TrainingSet, make_training_set
 from tav_jax.worlds.world import World
 from tav_jax.worlds.worlds import WORLDS
 
@@ -43,7 +45,29 @@ def pretrain(recipe: Recipe, output_dir: Path) -> None:
     """
     claim_folder(output_dir, recipe)
     world, keys = WORLDS[recipe.world], training_keys(recipe.seed)
+    start = load_trained(world, recipe) if recipe.start_from else None
     training_set = make_training_set(world, recipe)
+    folder = output_dir / "diffusion"
+    if start is None:
+        vae = train_vae(world, recipe, training_set, output_dir)
+        start = init_model(world, recipe, keys, vae, folder / "tokenizer")
+    model = train_diffusion(
+        recipe,
+        start,
+        training_set,
+        partial(evaluate_drawing, world=world, recipe=recipe, sheet=folder / "pictures.png"),
+        folder,
+        keys.diffusion_steps,
+    )
+    save_model(output_dir / world.model, to_float16(model), scheduler_config(recipe))
+    say(f"wrote {output_dir / world.model}")
+
+
+def train_vae(
+    world: World, recipe: Recipe, training_set: TrainingSet, output_dir: Path
+) -> Network[AutoencoderKL]:
+    """Train an autoencoder from nothing, then its decoder alone, each in its own folder."""
+    keys = training_keys(recipe.seed)
     evaluation = reconstruction_evaluation(world, recipe)
     vae = train_autoencoder(
         world,
@@ -55,18 +79,7 @@ def pretrain(recipe: Recipe, output_dir: Path) -> None:
         keys.autoencoder_steps,
     )
     folder = output_dir / "decoder"
-    vae = refine_decoder(world, recipe, vae, training_set, evaluation, folder, keys.decoder_steps)
-    folder = output_dir / "diffusion"
-    model = train_diffusion(
-        recipe,
-        init_model(world, recipe, keys, vae, folder / "tokenizer"),
-        training_set,
-        partial(evaluate_drawing, world=world, recipe=recipe, sheet=folder / "pictures.png"),
-        folder,
-        keys.diffusion_steps,
-    )
-    save_model(output_dir / world.model, to_float16(model), scheduler_config(recipe))
-    say(f"wrote {output_dir / world.model}")
+    return refine_decoder(world, recipe, vae, training_set, evaluation, folder, keys.decoder_steps)
 
 
 def claim_folder(output_dir: Path, recipe: Recipe) -> None:

@@ -33,6 +33,8 @@ class Recipe:
 
     Args:
         world: The world to train on.
+        start_from: Name or folder of a model of the world, to train its text encoder and U-Net on.
+            Its autoencoder stays as it is. None trains all networks from nothing.
         seed: Seed of everything random.
         scenes: Number of scenes in the training set.
         frames_per_scene: Number of times at which each scene is drawn.
@@ -60,6 +62,7 @@ class Recipe:
     """
 
     world: WorldName = "tiny-scenes"
+    start_from: str | None = None
     seed: Seed = 0
     scenes: Count = 16_000
     frames_per_scene: BatchSize = 4
