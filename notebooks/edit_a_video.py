@@ -4,7 +4,7 @@
 # One clip and its caption go in; the same motion with another subject, place or style comes out.
 # Run the cells from top to bottom. On a GPU or TPU (in Colab: *Runtime > Change runtime type*) this
 # uses Stable Diffusion v1.4. On a laptop's CPU it uses a small model that comes with the package,
-# and a clip drawn in that model's world. Then everything takes about a minute.
+# and a clip drawn in that model's world. Then everything takes about two minutes.
 
 # %%
 # In Colab this installs the package. In a clone of the repository it is there already.
@@ -36,11 +36,11 @@ print(f"{DEVICE.device_kind}, jax {jax.__version__}, tav_jax {tav.__version__}")
 
 # %%
 CLIP = None  # such as "my-clip.mp4"
-CAPTION = "a red circle is moving right on grass"
+CAPTION = "a man is skiing on snow"
 PROMPTS = [
-    "a red square is moving right on grass",
-    "a red circle is moving right on sand",
-    "a red circle is moving right on grass, line drawing style",
+    "a panda is skiing on snow",
+    "a man is skiing on the beach",
+    "a man is skiing on snow, cartoon style",
 ]
 
 if CLIP is None and IN_COLAB and ON_ACCELERATOR:
@@ -48,10 +48,10 @@ if CLIP is None and IN_COLAB and ON_ACCELERATOR:
 
     CLIP = next(iter(files.upload()), None)
 if CLIP is None:
-    from tav_jax.worlds.tiny_scenes.world import TINY_SCENES as WORLD
+    from tav_jax.worlds.figures.world import FIGURES as WORLD
 
     CLIP = "clip.mp4"
-    tav.write_video(CLIP, WORLD.render(WORLD.clips["circle-right"], 24), fps=8)
+    tav.write_video(CLIP, WORLD.render(WORLD.clips["man-skiing"], 24), fps=8)
 
 # %% [markdown]
 # ## The frames that are used
@@ -59,7 +59,7 @@ if CLIP is None:
 # Eight frames, spread over the clip. The U-Net sees them all at once.
 
 # %%
-SIDE = 512 if ON_ACCELERATOR else 32
+SIDE = 512 if ON_ACCELERATOR else 64
 frames = tav.read_frames(
     CLIP, n_sample_frames=8, width=SIDE, height=SIDE, sampling="uniform", fit="crop"
 )
@@ -76,10 +76,10 @@ if ON_ACCELERATOR:
     model = tav.load_model("CompVis/stable-diffusion-v1-4", dtype="bfloat16")
     tuned = tav.tune_clip(model, frames, CAPTION, max_train_steps=300, progress=True)
 else:
-    model = tav.load_model("tiny-scenes")
+    model = tav.load_model("tiny-figures")
     # So small a network learns at a higher rate.
     tuned = tav.tune_clip(
-        model, frames, CAPTION, max_train_steps=150, learning_rate=2e-3, progress=True
+        model, frames, CAPTION, max_train_steps=80, learning_rate=5e-4, progress=True
     )
 
 # %% [markdown]
@@ -91,7 +91,7 @@ else:
 
 # %%
 videos = tav.edit_clip(
-    tuned, frames, PROMPTS, guidance_scale=12.5 if ON_ACCELERATOR else 2.0, progress=True
+    tuned, frames, PROMPTS, guidance_scale=12.5 if ON_ACCELERATOR else 3.0, progress=True
 )
 
 # %%

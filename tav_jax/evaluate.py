@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from tav_jax.stopping import advise, start_job
 
 if TYPE_CHECKING:
     from tav_jax.evaluation.examples import Example
+    from tav_jax.evaluation.metrics import Metric
 
 EPILOG = """\
 A table of prompts is a CSV with the columns video and prompt, and any of source, source_prompt and
@@ -49,6 +50,9 @@ def _parser() -> Parser:
     add("--suite", type=Path, metavar="FILE", help="a YAML of systems that are run and scored")
     add("--output-dir", type=Path, metavar="DIR", help="the suite's runs (outputs/suites/NAME)")
     add("--prompts", type=Path, metavar="FILE", help="the table of the systems' videos")
+    add(
+        "--earlier", type=Path, metavar="FILE", help="a --csv, whose videos stand in the table, too"
+    )
     add("--benchmark", metavar="NAME=DIR", help="loveu or v2vbench, in place of a table")
     add("--metrics", metavar="NAMES", help="names or their beginnings, with commas (all)")
     add("--clip-l14", metavar="DIR", help="folder or Hub id in place of CLIP's ViT-L/14")
@@ -77,10 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     systems = _systems(args)
     # Imported here, so that --help and wrong arguments are quick.
     from tav_jax.evaluation.examples import examples_of_run, examples_of_systems
-    from tav_jax.evaluation.metrics import select_metrics
 
     if args.metrics:
-        select_metrics(args.metrics.split(","))  # refuses before anything is read
+        _select_metrics(args.metrics.split(","))  # refuses before anything is read
     for option, path in (
         ("--json", args.json),
         ("--csv", args.csv),
@@ -117,7 +120,6 @@ def _examples_of_benchmark(text: str, systems: dict[str, Path]) -> "list[Example
 
 def _examples_of_suite(args: argparse.Namespace) -> "list[Example]":
     """Make what is missing of a suite, and return its videos."""
-    from tav_jax.evaluation.metrics import select_metrics
     from tav_jax.evaluation.suites import examples_of_runs, make_runs, read_suite
     from tav_jax.runs.validation import is_made
     from tav_jax.tune import tune
@@ -127,20 +129,28 @@ def _examples_of_suite(args: argparse.Namespace) -> "list[Example]":
     )
     if args.metrics is None and suite.metrics:
         args.metrics = ",".join(suite.metrics)
-        select_metrics(suite.metrics)  # refuses before hours of work
+        _select_metrics(suite.metrics)  # refuses before hours of work
     make_runs(runs, is_made, tune)
     return examples_of_runs(runs)
+
+
+def _select_metrics(names: Sequence[str] | None, models: Collection[str] = ()) -> "list[Metric]":
+    """Return the metrics that are asked for, of all that the package has."""
+    from tav_jax.evaluation.metrics import METRICS, select_metrics
+    from tav_jax.worlds.figures.video_metrics import METRICS as OF_FIGURES
+
+    return select_metrics(names, models, METRICS | OF_FIGURES)
 
 
 def _score(args: argparse.Namespace, examples: "Sequence[Example]") -> None:
     """Print and write the tables of the examples' scores."""
     from tav_jax.evaluation import tables
-    from tav_jax.evaluation.metrics import select_metrics
     from tav_jax.evaluation.published import published_rows
     from tav_jax.evaluation.scores import score_examples
 
     models = {example.made_by for example in examples if example.made_by}
-    metrics = select_metrics(args.metrics.split(",") if args.metrics else None, models)
+    metrics = _select_metrics(args.metrics.split(",") if args.metrics else None, models)
+    earlier = tables.read_scores(args.earlier, metrics) if args.earlier else []
     networks = {
         "ViT-L/14": args.clip_l14,
         "ViT-B/32": args.clip_b32,
@@ -153,6 +163,8 @@ def _score(args: argparse.Namespace, examples: "Sequence[Example]") -> None:
         networks={name: path for name, path in networks.items() if path is not None},
         download=args.download,
     )
+    now = {(result.example.system, result.example.video) for result in results}
+    results += [one for one in earlier if (one.example.system, one.example.video) not in now]
     # Beside what nothing was measured by, a published figure would say nothing.
     published = published_rows({name for result in results for name in result.scores})
     evaluation = tables.Evaluation(metrics, results, published)

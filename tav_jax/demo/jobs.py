@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +38,8 @@ from tav_jax.worlds.figures.world import FIGURES
 
 UPDATES = 50  # of the page, while a run is tuned; more of them if it is long
 STEPS_APART_AT_MOST = 10  # between two updates, which are also where it can be cancelled
-PREVIEWS = 3  # while a run is tuned; the last is that of the tuned model
+PREVIEWS = 3  # at most, while a run is tuned; the last is that of the tuned model
+SECONDS_BETWEEN_PREVIEWS = 20.0  # a short tuning would take most of its time for them
 WORLD = FIGURES  # of the clips that the page offers
 FRAMES_OF_DRAWN_CLIP, FPS_OF_DRAWN_CLIP = 24, 8
 MOST_PROMPTS = 20  # of one job
@@ -274,6 +276,7 @@ class Studio:
         due = [math.ceil(end * part / PREVIEWS) for part in range(1, PREVIEWS)]
         due = [one for one in due if one > step] if prompt else []
         if step < end:
+            last = time.monotonic()
             with closing(fit(tuning)) as steps:
                 for step in steps:
                     yield progress(f"tuning: step {step} of {end}")
@@ -281,8 +284,11 @@ class Studio:
                         break
                     if due and step >= due[0] and step < end:
                         due = [one for one in due if one > step]
+                        if time.monotonic() - last < SECONDS_BETWEEN_PREVIEWS:
+                            continue
                         yield progress(f"tuning: step {step} of {end}; sampling a preview")
                         videos = preview()
+                        last = time.monotonic()
         if cancelled.is_set() and step < end:
             save(tuning)
             yield progress(

@@ -4,10 +4,11 @@ The part of a name after the dot is the protocol: who has defined it, or what fl
 of different protocols must not be compared. docs/evaluation.md says what each shows.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -36,6 +37,8 @@ class Subject:
     example: Example
     material: Material
     clip: Clip | None = None
+    kept: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What metrics that are defined elsewhere compute once for all of them."""
 
     @property
     def frames(self) -> Frames:
@@ -223,21 +226,27 @@ METRICS = {
 }
 
 
-def select_metrics(names: Sequence[str] | None, models: Collection[str] = ()) -> list[Metric]:
+def select_metrics(
+    names: Sequence[str] | None,
+    models: Collection[str] = (),
+    known: Mapping[str, Metric] = MappingProxyType(METRICS),
+) -> list[Metric]:
     """Return the metrics that are asked for, in the order of the table.
 
     Args:
         names: Names, or beginnings of names such as "clip_frames". None: all that mean something.
-        models: The base models that made the videos. The shipped scorer knows `tiny-figures` only.
+        models: The base models that made the videos. Metrics whose protocol is "figures" know the
+            world of `tiny-figures` only.
+        known: All metrics by name.
 
     Raises:
         UserError: A name is no metric's. All such names are listed.
     """
     if names is None:
-        skipped = () if "tiny-figures" in models else ("figures",)
-        return [metric for metric in METRICS.values() if metric.network not in skipped]
-    if unknown := [name for name in names if not any(m.startswith(name) for m in METRICS)]:
+        every = "tiny-figures" in models
+        return [one for name, one in known.items() if every or not name.endswith(".figures")]
+    if unknown := [name for name in names if not any(m.startswith(name) for m in known)]:
         raise UserError(
-            f"--metrics: {', '.join(unknown)} is no metric; there are {', '.join(METRICS)}"
+            f"--metrics: {', '.join(unknown)} is no metric; there are {', '.join(known)}"
         )
-    return [metric for name, metric in METRICS.items() if name.startswith(tuple(names))]
+    return [metric for name, metric in known.items() if name.startswith(tuple(names))]

@@ -3,13 +3,20 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from tav_jax.errors import UserError
+from tav_jax.evaluation.examples import Example
 from tav_jax.evaluation.intervals import Interval, bootstrap_over_clips
-from tav_jax.evaluation.metrics import METRICS, Metric
+from tav_jax.evaluation.metrics import Metric
 from tav_jax.evaluation.published import PublishedRow
 from tav_jax.evaluation.scores import Scored
+from tav_jax.reading import read_text
+
+IDENTITY = ("system", "clip", "video", "prompt")  # columns that say which video a row is about
 
 
 class Mean(NamedTuple):
@@ -118,11 +125,38 @@ def json_text(evaluation: Evaluation) -> str:
 def csv_text(evaluation: Evaluation) -> str:
     """Return a row for every video."""
     text = io.StringIO()
-    names = ["system", "video", "prompt", *(metric.name for metric in evaluation.metrics)]
+    names = [*IDENTITY, *(metric.name for metric in evaluation.metrics)]
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_record(result) for result in evaluation.results)
+    writer.writerows({"clip": one.example.clip} | _record(one) for one in evaluation.results)
     return text.getvalue()
+
+
+def read_scores(file: Path, metrics: Sequence[Metric]) -> list[Scored]:
+    """Return the scores that `csv_text` has written, as far as they are of these metrics.
+
+    Raises:
+        UserError: The file cannot be read, lacks a column, or has a score that is no number.
+    """
+    reader = csv.DictReader(read_text(file).splitlines())
+    if missing := [name for name in IDENTITY if name not in (reader.fieldnames or [])]:
+        raise UserError(
+            f"--earlier: {file}: it has no column {', '.join(missing)}; take a file that --csv "
+            "has written"
+        )
+    results = []
+    for row in reader:
+        system, clip, video, prompt = (row[name] or "" for name in IDENTITY)
+        example = Example(system, Path(video), prompt, clip)
+        texts = {one.name: text for one in metrics if (text := row.get(one.name))}
+        try:
+            scores = {name: float(text) for name, text in texts.items()}
+        except ValueError:
+            scores = {"": math.nan}
+        if not all(map(math.isfinite, scores.values())):
+            raise UserError(f"--earlier: {file}, line {reader.line_num}: a score is no number")
+        results.append(Scored(example, scores))
+    return results
 
 
 def _record(result: Scored) -> dict[str, Any]:
@@ -144,7 +178,7 @@ def _rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
     rows = [
         (
             metric.name,
-            METRICS[metric.name].better,
+            metric.better,
             *(str(means.get(metric.name, "-")) for means in systems.values()),
         )
         for metric in evaluation.metrics

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tav_jax.demo import jobs
 from tav_jax.demo.jobs import (
     Choices,
     Defaults,
@@ -71,6 +72,17 @@ def test_a_cancelled_tuning_goes_on_and_equals_one_that_was_not(choices, tmp_pat
     assert again.text == "tuned: 6 steps"
     assert again.videos == (preview,)
     assert len(read_metrics(Run.open(folder).metrics)) > 0
+
+
+@pytest.mark.parametrize(("apart", "steps"), [(0.0, [2, 4]), (1e9, [])])
+def test_previews_come_at_thirds_but_not_one_soon_after_another(
+    choices, tmp_path, monkeypatch, apart, steps
+):
+    monkeypatch.setattr(jobs, "SECONDS_BETWEEN_PREVIEWS", apart)
+    texts = [one.text for one in Studio(tmp_path).tune(choices, "a ball", no_cancel())]
+    middle = [text for text in texts if text.endswith("sampling a preview")]
+    assert middle == [f"tuning: step {step} of 6; sampling a preview" for step in steps]
+    assert texts[-2:] == ["tuned: 6 steps; sampling the preview", "tuned: 6 steps"]
 
 
 def test_prompts_are_sampled_beside_the_clip_and_the_adapter_is_written(choices, tmp_path):

@@ -58,6 +58,30 @@ def test_runs_are_systems_side_by_side(finished_run, run_copy, cli, tmp_path):
     assert rows[0]["flicker.vbench"] == rows[3]["flicker.vbench"]
 
 
+def test_scores_of_an_earlier_evaluation_join_the_table(finished_run, cli, tmp_path):
+    """Its own videos are not counted twice; those of another system have no files any more."""
+    kept, table = f"--scores={tmp_path / 'kept'}", tmp_path / "scores.csv"
+    run = (f"--run={finished_run.folder}", "--metrics=flicker", kept)
+    assert cli(evaluate, *run, f"--csv={table}").status == 0
+    header, *rows = table.read_text().splitlines()
+    others = [row.replace("run,", "other,", 1) for row in rows]
+    table.write_text("\n".join([header, *rows, *others]))
+    done = cli(evaluate, *run, f"--earlier={table}", f"--json={tmp_path / 'scores.json'}")
+    assert (done.status, done.err) == (0, "")
+    assert "run, 3 videos  other, 3 videos" in done.out
+    systems = json.loads((tmp_path / "scores.json").read_text())["systems"]
+    assert systems["run"] == systems["other"]
+    for text, message in (
+        ("system,video\n", "it has no column clip, prompt; take a file that --csv"),
+        (header + "\nx,c,v,p,many\n", "scores.csv, line 2: a score is no number"),
+        (header + "\nx,c,v,p,nan\n", "scores.csv, line 2: a score is no number"),
+    ):
+        table.write_text(text)
+        done = cli(evaluate, *run, f"--earlier={table}")
+        assert (done.status, done.out) == (1, "")
+        assert message in done.err
+
+
 def test_a_runs_folder_may_have_an_equals_sign_in_its_name(run_copy, cli, tmp_path):
     run_copy.rename(tmp_path / "lr=3e-5")
     options = (LIGHT, f"--scores={tmp_path / 'kept'}")

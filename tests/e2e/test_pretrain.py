@@ -137,6 +137,24 @@ def test_the_other_world_makes_its_own_model(tmp_path, capsys):
     assert "another recipe" in capsys.readouterr().err
 
 
+def test_a_training_can_start_from_a_model(trained, tmp_path, capsys):
+    """Only its text encoder and U-Net change; a model of the other world is refused."""
+    start = trained / "tiny-scenes"
+    more = [*FEW, f"start_from={start}", "steps=2"]
+    assert pretrain.main(["--output-dir", str(tmp_path / "more"), *more]) == 0
+    before, after = weights(trained), weights(tmp_path / "more")
+    assert before.keys() == after.keys()
+    changed = {name.split()[0] for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {"text_encoder", "unet"}
+    assert not (tmp_path / "more/autoencoder").exists()
+    # The average has moved by two small steps only, so it is still the trained model.
+    for name, value in before.items():
+        np.testing.assert_allclose(after[name], value, atol=0.02, err_msg=name)
+    other = ["--world", "figures", "--output-dir", str(tmp_path / "other"), f"start_from={start}"]
+    assert pretrain.main(other) == 1
+    assert f"start_from: {start} has not the networks of tiny-figures" in capsys.readouterr().err
+
+
 def test_normalising_changes_latents_and_no_image():
     vae = init_network(AutoencoderKL, VAE, jax.random.key(0))
     bias = jax.random.normal(jax.random.key(1), (8,))

@@ -12,6 +12,7 @@ from tav_jax.worlds.figures.drawing import centre, cover, draw_batch, render, tr
 from tav_jax.worlds.figures.edits import EDITS
 from tav_jax.worlds.figures.poses import LOWER_ARM, SHIN, THIGH, TORSO, UPPER_ARM, pose
 from tav_jax.worlds.figures.scenes import (
+    ATTRIBUTES,
     BACKGROUNDS,
     CLIPS,
     CLOTHES,
@@ -26,6 +27,7 @@ from tav_jax.worlds.figures.scenes import (
     caption,
     describe,
     sample_scenes,
+    values_named,
     words_of,
 )
 
@@ -143,6 +145,18 @@ def test_captions_say_what_is_drawn_in_words_of_the_world(rng):
             }
             assert named <= {said}
     assert set(seen) == set(WORDS)
+
+
+def test_what_a_caption_names_is_read_from_it(rng):
+    named = Counter()
+    for scene in sample_scenes(rng, 500, held_out=None):
+        values = values_named(caption(scene, rng))
+        assert all(getattr(scene, name) == value for name, value in values.items())
+        named.update(values.keys())
+        assert values_named(describe(scene)) == {name: getattr(scene, name) for name in ATTRIBUTES}
+    assert named["style"] == 500
+    assert named["clothes"] > named["subject"] > named["background"] > 380
+    assert values_named("a cat wearing a hat is swimming") == {"style": "plain"}
 
 
 def test_prompts_have_the_grammar_of_the_paper():

@@ -1,10 +1,13 @@
 """The measures of edited clips of figures, on videos of which every answer is known."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tav_jax.evaluation.examples import Example, Material
+from tav_jax.evaluation.metrics import Subject, compute
 from tav_jax.worlds.figures.drawing import render
 from tav_jax.worlds.figures.edits import EDITS
 from tav_jax.worlds.figures.metrics import measure
@@ -13,8 +16,10 @@ from tav_jax.worlds.figures.scenes import (
     CLIPS,
     HELD_OUT,
     STEPS_PER_PERIOD,
+    describe,
     words_of,
 )
+from tav_jax.worlds.figures.video_metrics import METRICS
 from tav_jax.worlds.figures.world import FIGURES
 
 MOVING = {"man-skiing", "astronaut-walking", "man-running", "panda-jumping", "woman-push-ups"}
@@ -174,3 +179,51 @@ def test_a_background_that_pans_with_the_clips_camera_does_not_change():
     assert changes[clip.pan] < 1
     assert changes[0.0] > 5
     assert changes[-clip.pan] > 5
+
+
+def scores_of(video, prompt, source=None):
+    video = video.repeat(4, axis=1).repeat(4, axis=2)  # as the videos of runs are enlarged
+    if source is not None:
+        source = source.repeat(4, axis=1).repeat(4, axis=2)
+    subject = Subject(Example("", Path(), prompt, ""), Material(video, source))
+    return compute(list(METRICS.values()), subject)
+
+
+def test_evaluate_measures_videos_of_figures_as_experiments_do():
+    red = replace(SKIING, clothes="red")
+    video, source = render(red, 8), render(SKIING, 8)
+    scores, reasons = scores_of(video, describe(red), source)
+    assert scores.keys() == METRICS.keys()
+    assert scores.pop("trajectory.figures") == pytest.approx(1, abs=0.01)
+    assert set(scores.values()) == {1}
+    assert not reasons
+
+    panda = replace(red, subject="panda", clothes="own")
+    scores, _ = scores_of(video[::-1], describe(panda), source)
+    assert scores["trajectory.figures"] < -0.9
+    assert scores["phase.figures"] <= 0.5
+    asked = measure(video[::-1], SKIING, {name: getattr(panda, name) for name in ATTRIBUTES})
+    assert {name: scores[f"{name}.figures"] for name in ATTRIBUTES} == {
+        name: asked[name] for name in ATTRIBUTES
+    }
+    assert scores["attributes.figures"] == pytest.approx(3 / 5)
+
+    scores, _ = scores_of(np.zeros_like(video), describe(red), source)
+    assert scores["trajectory.figures"] == scores["phase.figures"] == scores["verb.figures"] == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "source", "metric", "reason"),
+    [
+        ("a cat in a hat", SKIING, "attributes.figures", "names nothing of the figures' world"),
+        ("a man", SKIING, "verb.figures", "the prompt names no verb"),
+        ("a man", None, "trajectory.figures", "no source video"),
+        ("a man", None, "phase.figures", "no source video"),
+        ("a man", CLIPS["woman-waving"], "trajectory.figures", "stays where it is"),
+    ],
+)
+def test_what_cannot_be_measured_has_a_reason(prompt, source, metric, reason):
+    source = None if source is None else render(source, 8)
+    scores, reasons = scores_of(render(SKIING, 8), prompt, source)
+    assert metric not in scores
+    assert reason in reasons[metric]

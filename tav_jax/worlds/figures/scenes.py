@@ -3,7 +3,7 @@
 Lengths are in pixels of the image, which is 64 wide and high. (0, 0) is its top left corner.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -245,6 +245,30 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         phrases=(int(verb_phrase > 0.75), int(background_phrase > 0.75)),
         link=" is" if background and link > 0.5 else "",
     )
+
+
+def values_named(prompt: str) -> dict[str, str]:
+    """Return the value of each attribute that a prompt asks for.
+
+    A prompt without a style asks for the plain one, and a subject without a colour for its own
+    clothes. A subject, verb or background that is not named is left out.
+    """
+    text = " ".join(["", *words_of(prompt.lower()), ""])
+    phrases: dict[str, Mapping[str, Sequence[str]]] = {
+        "subject": {subject: (subject,) for subject in SUBJECTS},
+        "verb": VERBS,
+        "clothes": {colour: (f"wearing {colour} clothes",) for colour in CLOTHES[1:]},
+        "background": BACKGROUNDS,
+        "style": {style: (f"{style} style",) for style in STYLES[1:]},
+    }
+    named = {
+        name: value
+        for name, values in phrases.items()
+        for value, texts in values.items()
+        if any(" ".join(["", *words_of(each), ""]) in text for each in texts)
+    }
+    unsaid = {"style": STYLES[0]} | ({"clothes": CLOTHES[0]} if "subject" in named else {})
+    return unsaid | named
 
 
 def words_of(text: str) -> list[str]:
