@@ -206,8 +206,10 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
                     size = gr.Number(
                         usual.size, label="Width and height in pixels", precision=0, elem_id="size"
                     )
+                # Gradio lays a gallery's label over its first frames.
+                gr.Markdown("The frames that will be used, by number:")
                 gallery = gr.Gallery(
-                    label="The frames that will be used, by number",
+                    show_label=False,
                     columns=4,
                     height="auto",
                     interactive=False,

@@ -346,6 +346,9 @@ def save_model(
     text_config = published_config.write_text_config(text_encoder.config)
     stem = WEIGHT_STEMS["text_encoder"]
     save_network(folder / "text_encoder", stem, text_encoder, text_config)
+    # How the last texts were padded and cut is no part of the model.
+    model.tokenizer.backend_tokenizer.no_padding()
+    model.tokenizer.backend_tokenizer.no_truncation()
     model.tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "scheduler" / CONFIG_NAMES["scheduler"], scheduler)
     classes = {

@@ -146,6 +146,9 @@ def test_a_training_can_start_from_a_model(trained, tmp_path, capsys):
     assert before.keys() == after.keys()
     changed = {name.split()[0] for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {"text_encoder", "unet"}
+    files = (trained, tmp_path / "more")
+    one, other = ((each / "tiny-scenes/tokenizer/tokenizer.json").read_bytes() for each in files)
+    assert one == other
     assert not (tmp_path / "more/autoencoder").exists()
     # The average has moved by two small steps only, so it is still the trained model.
     for name, value in before.items():
