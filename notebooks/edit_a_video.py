@@ -79,7 +79,7 @@ else:
     model = tav.load_model("tiny-figures")
     # So small a network learns at a higher rate.
     tuned = tav.tune_clip(
-        model, frames, CAPTION, max_train_steps=80, learning_rate=5e-4, progress=True
+        model, frames, CAPTION, max_train_steps=40, learning_rate=5e-4, progress=True
     )
 
 # %% [markdown]
