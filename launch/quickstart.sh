@@ -9,5 +9,3 @@ cd "$(dirname "$0")/.."
 python3 -m venv .venv
 .venv/bin/pip install --quiet --editable .
 .venv/bin/python -m tav_jax.tune --config configs/quickstart.yaml
-.venv/bin/python -m tav_jax.sample --run outputs/quickstart \
-    --prompt "a bear is skiing on the beach"
