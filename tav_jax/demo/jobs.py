@@ -74,7 +74,7 @@ class Defaults:
 
 # As configs/quickstart.yaml and configs/tiny-scenes.yaml have them.
 OF_SHIPPED = {
-    "tiny-figures": Defaults(64, 40, 5e-4, 3.0, 25),
+    "tiny-figures": Defaults(64, 40, 5e-4, 3.0, 20),
     "tiny-scenes": Defaults(32, 150, 2e-3, 2.0, 50),
 }
 
