@@ -91,7 +91,12 @@ else:
 
 # %%
 videos = tav.edit_clip(
-    tuned, frames, PROMPTS, guidance_scale=12.5 if ON_ACCELERATOR else 3.0, progress=True
+    tuned,
+    frames,
+    PROMPTS,
+    guidance_scale=12.5 if ON_ACCELERATOR else 3.0,
+    num_inference_steps=50 if ON_ACCELERATOR else 20,
+    progress=True,
 )
 
 # %%

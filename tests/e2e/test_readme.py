@@ -24,6 +24,6 @@ def test_the_programs_of_the_readme_run_as_printed(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "(2, 8, 32, 32, 3) uint8\n"
+    assert done.stdout == "(2, 8, 64, 64, 3) uint8\n"
     for name in ("edits.png", "tuned/unet/config.json"):
         assert (tmp_path / name).is_file()
