@@ -7,7 +7,6 @@ of different protocols must not be compared. docs/evaluation.md says what each s
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -229,7 +228,7 @@ METRICS = {
 def select_metrics(
     names: Sequence[str] | None,
     models: Collection[str] = (),
-    known: Mapping[str, Metric] = MappingProxyType(METRICS),
+    known: Mapping[str, Metric] = METRICS,
 ) -> list[Metric]:
     """Return the metrics that are asked for, in the order of the table.
 

@@ -149,14 +149,19 @@ def read_scores(file: Path, metrics: Sequence[Metric]) -> list[Scored]:
         system, clip, video, prompt = (row[name] or "" for name in IDENTITY)
         example = Example(system, Path(video), prompt, clip)
         texts = {one.name: text for one in metrics if (text := row.get(one.name))}
-        try:
-            scores = {name: float(text) for name, text in texts.items()}
-        except ValueError:
-            scores = {"": math.nan}
+        scores = {name: _number(text) for name, text in texts.items()}
         if not all(map(math.isfinite, scores.values())):
             raise UserError(f"--earlier: {file}, line {reader.line_num}: a score is no number")
         results.append(Scored(example, scores))
     return results
+
+
+def _number(text: str) -> float:
+    """Return the number that a text is, or NaN."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _record(result: Scored) -> dict[str, Any]:

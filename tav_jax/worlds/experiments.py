@@ -24,7 +24,6 @@ from tav_jax.console import Parser, command, say
 from tav_jax.errors import UserError
 from tav_jax.files import keep_json_lines
 from tav_jax.models.attention.dispatch import AttentionScope
-from tav_jax.models.network import in_modules
 from tav_jax.pipeline import (
     compile_train_step,
     decode_latents,
@@ -36,7 +35,6 @@ from tav_jax.pipeline import (
     sample_latents,
 )
 from tav_jax.pretrained.model import Model, load_model
-from tav_jax.pretrained.weights import TEMPORAL
 from tav_jax.progress import progress_bar
 from tav_jax.runs.sampling_settings import SamplingSettings
 from tav_jax.settings import (
@@ -55,6 +53,7 @@ from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_opt
 from tav_jax.training.train_step import init_state
 from tav_jax.video.sheets import contact_sheet
 from tav_jax.video.write import to_frames, write_image
+from tav_jax.worlds.networks import without_temporal_attention
 from tav_jax.worlds.recipe import WorldName
 from tav_jax.worlds.recorded_settings import differ_from_recorded, record_settings
 from tav_jax.worlds.report import Record, write_report
@@ -225,9 +224,7 @@ class Tuned:
         )
         if self.setting.temporal_attention:
             return model
-        params = model.unet.params.items()
-        kept = {name: value for name, value in params if not in_modules(name, TEMPORAL)}
-        return model.with_unet(model.unet.with_config(temporal_attention=False).with_params(kept))
+        return without_temporal_attention(model)
 
     def frames(self, clip: str) -> UInt8[np.ndarray, "f H W 3"]:
         """Return the frames of a clip."""

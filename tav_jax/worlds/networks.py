@@ -6,11 +6,12 @@ from typing import Any
 
 from tav_jax.errors import UserError
 from tav_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from tav_jax.models.network import Network, init_network, parameter_shapes
+from tav_jax.models.network import Network, in_modules, init_network
 from tav_jax.models.unet import UNet3DConditionModel, UNetConfig
 from tav_jax.models.vae import AutoencoderKL, VAEConfig
 from tav_jax.pretrained.configs import read_schedule
 from tav_jax.pretrained.model import Model, load_model
+from tav_jax.pretrained.weights import TEMPORAL
 from tav_jax.types import Params
 from tav_jax.worlds.recipe import Recipe, TrainingKeys
 from tav_jax.worlds.tokenizer import write_tokenizer
@@ -134,21 +135,28 @@ def zero_init_residuals(params: Params) -> Params:
     }
 
 
-def load_trained(world: World, recipe: Recipe) -> Model:
-    """Return the image model that a recipe starts from.
+def without_temporal_attention(model: Model) -> Model:
+    """Return a model without the temporal attention that loading has added."""
+    params = model.unet.params.items()
+    kept = {name: value for name, value in params if not in_modules(name, TEMPORAL)}
+    return model.with_unet(model.unet.with_config(temporal_attention=False).with_params(kept))
+
+
+def load_image_model(world: World, path: str, prediction_type: str) -> Model:
+    """Return the image model that a training starts from.
+
+    Args:
+        world: The world, whose networks the model must have.
+        path: Its folder or name.
+        prediction_type: What its U-Net must predict.
 
     Raises:
-        UserError: There is no such model, or it is not one of the world's.
+        UserError: There is no such model, or it is another one.
     """
-    model = load_model(recipe.start_from or world.model, attention_scope="spatial")
-    config = replace(model.unet.config, temporal_attention=False)
-    found = (config, model.vae.config, model.schedule.prediction_type)
-    if found != (world.unet, world.vae, recipe.prediction_type):
+    model = without_temporal_attention(load_model(path, attention_scope="spatial"))
+    found = (model.unet.config, model.vae.config, model.schedule.prediction_type)
+    if found != (world.unet, world.vae, prediction_type):
         raise UserError(
-            f"start_from: {recipe.start_from} has not the networks of {world.model}, or another "
-            "prediction_type"
+            f"start_from: {path} has not the networks of {world.model}, or another prediction_type"
         )
-    # The temporal attention that loading adds is left out: an image model has none.
-    shapes = parameter_shapes(UNet3DConditionModel, config)
-    params = {name: model.unet.params[name] for name in shapes}
-    return model.with_unet(Network(UNet3DConditionModel, config, params))
+    return model

@@ -26,8 +26,8 @@ from tav_jax.video.write import write_image
 from tav_jax.worlds.autoencoder import Evaluation, train_autoencoder
 from tav_jax.worlds.decoder import refine_decoder
 from tav_jax.worlds.diffusion import train_diffusion
-from tav_jax.worlds.networks import init_autoencoder, init_model, load_trained, scheduler_config
-from tav_jax.worlds.recipe import Recipe, Stream, generator, training_keys
+from tav_jax.worlds.networks import init_autoencoder, init_model, load_image_model, scheduler_config
+from tav_jax.worlds.recipe import Recipe, Stream, TrainingKeys, generator, training_keys
 from tav_jax.worlds.recorded_settings import differ_from_recorded, record_settings
 from tav_jax.worlds.text_to_image import accuracy, draw_scenes, in_words
 from tav_jax.worlds.training_set import TrainingSet, make_training_set
@@ -45,11 +45,13 @@ def pretrain(recipe: Recipe, output_dir: Path) -> None:
     """
     claim_folder(output_dir, recipe)
     world, keys = WORLDS[recipe.world], training_keys(recipe.seed)
-    start = load_trained(world, recipe) if recipe.start_from else None
+    start = None
+    if recipe.start_from is not None:
+        start = load_image_model(world, recipe.start_from, recipe.prediction_type)
     training_set = make_training_set(world, recipe)
     folder = output_dir / "diffusion"
     if start is None:
-        vae = train_vae(world, recipe, training_set, output_dir)
+        vae = train_vae(world, recipe, keys, training_set, output_dir)
         start = init_model(world, recipe, keys, vae, folder / "tokenizer")
     model = train_diffusion(
         recipe,
@@ -64,10 +66,9 @@ def pretrain(recipe: Recipe, output_dir: Path) -> None:
 
 
 def train_vae(
-    world: World, recipe: Recipe, training_set: TrainingSet, output_dir: Path
+    world: World, recipe: Recipe, keys: TrainingKeys, training_set: TrainingSet, output_dir: Path
 ) -> Network[AutoencoderKL]:
     """Train an autoencoder from nothing, then its decoder alone, each in its own folder."""
-    keys = training_keys(recipe.seed)
     evaluation = reconstruction_evaluation(world, recipe)
     vae = train_autoencoder(
         world,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float32, Float64, UInt8
+from jaxtyping import Float32, Float64, Int, UInt8
 from PIL import Image, ImageFilter
 
 from tav_jax.worlds.figures.detector import Reading, read_frames
@@ -47,9 +47,7 @@ def measure(video: Frames, clip: Scene, asks: Mapping[str, str]) -> dict[str, fl
           move: the background away from the figure, and the figure's mean colour.
     """
     seen, true = read_frames(video), truth(clip, len(video))
-    shown = {name: getattr(seen, name) for name in ATTRIBUTES}
-    for name in ("subject", "verb", "clothes"):
-        shown[name] = np.where(seen.present, shown[name], -1)
+    shown = values_shown(seen)
     centre = np.stack([seen.x, seen.y], axis=1)
     follows, error = follow_clip(centre, true.centre, seen.present)
     moves = np.ptp(true.centre, axis=0).max() >= LEAST_MOTION
@@ -63,6 +61,17 @@ def measure(video: Frames, clip: Scene, asks: Mapping[str, str]) -> dict[str, fl
         "flips": flips(shown),
         "change": unexplained_change(video, clip, seen, true),
     }
+
+
+def values_shown(seen: Reading) -> dict[str, Int[np.ndarray, "f"]]:
+    """Return the index of each attribute's value in each frame, -1 of a figure that is not there.
+
+    Background and style are there without a figure.
+    """
+    shown = {name: getattr(seen, name) for name in ATTRIBUTES}
+    for name in ("subject", "verb", "clothes"):
+        shown[name] = np.where(seen.present, shown[name], -1)
+    return shown
 
 
 def unexplained_change(video: Frames, clip: Scene, seen: Reading, true: Truth) -> float:

@@ -3,20 +3,18 @@
 from functools import partial
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from tav_jax.errors import UserError
 from tav_jax.evaluation.metrics import Metric, Subject
 from tav_jax.worlds.figures.detector import Reading, read_frames
 from tav_jax.worlds.figures.drawing import phases_apart
-from tav_jax.worlds.figures.metrics import IN_PHASE, LEAST_MOTION
+from tav_jax.worlds.figures.metrics import IN_PHASE, LEAST_MOTION, values_shown
 from tav_jax.worlds.figures.scenes import ATTRIBUTES, SIZE, values_named
-from tav_jax.worlds.metrics import ENOUGH_FOUND, follow_clip
+from tav_jax.worlds.metrics import ENOUGH_FOUND, follow_clip, follow_prompt
 
 Frames = UInt8[np.ndarray, "f H W 3"]
-
-OF_A_FIGURE = ("subject", "verb", "clothes")  # nothing has them if there is no figure
 
 
 def attribute_shown(name: str, subject: Subject) -> float:
@@ -29,16 +27,15 @@ def attribute_shown(name: str, subject: Subject) -> float:
     Raises:
         UserError: The prompt does not say which value.
     """
-    asks = _asked(subject)
-    if name not in asks:
+    share = _follows(subject)[name]
+    if share is None:
         raise UserError(f"the prompt names no {name}")
-    return float(_shows(_reading(subject, "video"), name, asks[name]).mean())
+    return share
 
 
 def attributes_shown(subject: Subject) -> float:
     """Return the mean of `attribute_shown` over the attributes that the prompt names."""
-    seen = _reading(subject, "video")
-    return float(np.mean([_shows(seen, *named) for named in _asked(subject).items()]))
+    return float(np.mean([share for share in _follows(subject).values() if share is not None]))
 
 
 def trajectory_correlation(subject: Subject) -> float:
@@ -68,16 +65,12 @@ def frames_in_phase(subject: Subject) -> float:
     return float((same & (phases_apart(seen.phase, source.phase) < IN_PHASE)).mean())
 
 
-def _asked(subject: Subject) -> dict[str, str]:
+def _follows(subject: Subject) -> dict[str, float | None]:
+    """Return, for each attribute, the share of frames that show what the prompt asks for."""
     asks = values_named(subject.example.prompt)
     if not asks.keys() & {"subject", "verb", "background"}:
         raise UserError("the prompt names nothing of the figures' world")
-    return asks
-
-
-def _shows(seen: Reading, name: str, value: str) -> Bool[np.ndarray, "f"]:
-    right = getattr(seen, name) == ATTRIBUTES[name].index(value)
-    return right & seen.present if name in OF_A_FIGURE else right
+    return follow_prompt(values_shown(_reading(subject, "video")), ATTRIBUTES, asks)
 
 
 def _reading(subject: Subject, which: str) -> Reading:
