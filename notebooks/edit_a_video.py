@@ -94,7 +94,7 @@ videos = tav.edit_clip(
     tuned,
     frames,
     PROMPTS,
-    guidance_scale=12.5 if ON_ACCELERATOR else 3.0,
+    guidance_scale=12.5 if ON_ACCELERATOR else 1.5,
     num_inference_steps=50 if ON_ACCELERATOR else 20,
     progress=True,
 )

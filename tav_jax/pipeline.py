@@ -371,12 +371,13 @@ def edit_clip(
     negative_prompt: str = "",
     guidance_scale: float = 12.5,
     num_inference_steps: int = 50,
+    num_inv_steps: int = 50,
     prompt_syntax: PromptSyntax = "plain",
     progress: bool = False,
 ) -> UInt8[np.ndarray, "p f H W 3"]:
     """Return a video for each prompt, with the clip's motion (Wu et al. 2023, section 3.3).
 
-    The clip is inverted in as many steps as are sampled. All prompts are sampled in one batch.
+    All prompts are sampled in one batch.
 
     Args:
         model: A model that was tuned on the clip. With an untuned one edits are worse.
@@ -384,14 +385,16 @@ def edit_clip(
         prompts: What the edited videos are to show.
         negative_prompt: What they are not to show.
         guidance_scale: Weight of the guidance. At 1 or below there is none.
-        num_inference_steps: Number of steps of the inversion, and of sampling.
+        num_inference_steps: Number of sampling steps.
+        num_inv_steps: Number of inversion steps. With fewer the edits follow the motion less, while
+            sampling may take fewer.
         prompt_syntax: See `sample_latents`.
         progress: Show progress bars.
     """
     noise = invert_latents(
         model,
         posterior_mean_latents(model, encode_frames(model, frames)),
-        num_inv_steps=num_inference_steps,
+        num_inv_steps=num_inv_steps,
         progress=progress,
     )
     latents = sample_latents(

@@ -62,7 +62,7 @@ class Defaults:
         steps: Number of updates.
         learning_rate: The learning rate.
         guidance_scale: Weight of the guidance.
-        sampling_steps: Number of inversion and of sampling steps.
+        sampling_steps: Number of sampling steps.
     """
 
     size: int
@@ -74,7 +74,7 @@ class Defaults:
 
 # As configs/quickstart.yaml and configs/tiny-scenes.yaml have them.
 OF_SHIPPED = {
-    "tiny-figures": Defaults(64, 40, 5e-4, 3.0, 20),
+    "tiny-figures": Defaults(64, 40, 5e-4, 1.5, 20),
     "tiny-scenes": Defaults(32, 150, 2e-3, 2.0, 50),
 }
 
@@ -99,7 +99,7 @@ class Choices:
         steps: See `Defaults`.
         learning_rate: See `Defaults`.
         guidance_scale: See `Defaults`.
-        sampling_steps: Number of inversion and of sampling steps.
+        sampling_steps: Number of sampling steps.
     """
 
     clip: str | None
@@ -161,7 +161,6 @@ def make_config(choices: Choices, runs: Path) -> TuneConfig:
         "train_data": data,
         "validation_data": {
             "num_inference_steps": _whole(choices.sampling_steps),
-            "num_inv_steps": _whole(choices.sampling_steps),
             "guidance_scale": choices.guidance_scale,
         },
         "learning_rate": choices.learning_rate,

@@ -244,7 +244,7 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
                     )
                     sampling_steps = gr.Number(
                         usual.sampling_steps,
-                        label="Steps of inversion and sampling",
+                        label="Sampling steps",
                         precision=0,
                         minimum=1,
                         elem_id="sampling-steps",
