@@ -259,19 +259,22 @@ def sample_edits(
         noise = invert_latents(model, latents, num_inv_steps=setting.num_inv_steps)
     else:
         noise = random_latents(model, [seed], *frames.shape[:3])
-    latents = sample_latents(
-        model,
-        noise,
-        [edit.prompt for edit in edits],
-        negative_prompt=setting.negative_prompt,
-        guidance_scale=setting.guidance_scale,
-        num_inference_steps=setting.num_inference_steps,
-        sampler=setting.sampler,
-        eta=setting.eta,
-        seeds=[seed] * len(edits),
-        prompt_syntax=setting.prompt_syntax or "plain",
-    )
-    return to_frames(np.asarray(decode_latents(model, latents)))
+    videos = []
+    for edit in edits:  # one by one, which takes four fifths of a batch's time on a CPU
+        latents = sample_latents(
+            model,
+            noise,
+            [edit.prompt],
+            negative_prompt=setting.negative_prompt,
+            guidance_scale=setting.guidance_scale,
+            num_inference_steps=setting.num_inference_steps,
+            sampler=setting.sampler,
+            eta=setting.eta,
+            seeds=[seed],
+            prompt_syntax=setting.prompt_syntax or "plain",
+        )
+        videos.append(to_frames(np.asarray(decode_latents(model, latents))))
+    return np.concatenate(videos)
 
 
 def measure_all(

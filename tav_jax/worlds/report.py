@@ -1,5 +1,6 @@
 """Write tables with intervals (Markdown) and plots (PNG) of measured videos."""
 
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,13 +93,36 @@ def summarise(records: Sequence[Record], measure: Measure) -> Interval | None:
     Videos without the metric, such as a motion where no subject was found, are left out. Return
     None if no video has it.
     """
+    by_clip = _by_clip(records, measure)
+    return bootstrap_over_clips(by_clip) if by_clip else None
+
+
+def compare(
+    records: Sequence[Record], others: Sequence[Record], measure: Measure
+) -> Interval | None:
+    """Return how much larger a metric is over records than over others, clip by clip.
+
+    Clips differ more than variants do, so this interval may leave out zero where the intervals of
+    both overlap. Return None if no clip has the metric in both.
+    """
+    ours, theirs = _by_clip(records, measure), _by_clip(others, measure)
+    differences = {
+        clip: [float(np.mean(values) - np.mean(theirs[clip]))]
+        for clip, values in ours.items()
+        if clip in theirs
+    }
+    return bootstrap_over_clips(differences) if differences else None
+
+
+def _by_clip(records: Sequence[Record], measure: Measure) -> dict[str, list[float]]:
+    """Return the values that a measure selects, by clip."""
     by_clip: dict[str, list[float]] = {}
     for record in records:
         for video in record["videos"]:
             metrics = video | {"motion": record["motion"]}
             if measure.selects(metrics) and metrics[measure.metric] is not None:
                 by_clip.setdefault(record["clip"], []).append(metrics[measure.metric])
-    return bootstrap_over_clips(by_clip) if by_clip else None
+    return by_clip
 
 
 def write_report(
@@ -129,10 +153,11 @@ def write_report(
         for measures in ([*map(right_share, names), *EDITS], OPEN, SOURCE)
     )
     plotted = {title: m for title, m in PLOTTED.items() if m.metric in metrics}
+    seeded = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
     parts = [
         f"# {folder.name}",
-        f"{len(clips)} clips, {len(seeds)} seeds, {edits} edits of each; means over clips, and "
-        "95 % of their bootstrap (clips drawn with replacement).",
+        f"{len(clips)} clips, {seeded}, {edits} edits of each; means over clips, and 95 % of their "
+        "bootstrap (clips drawn with replacement).",
         f"![all variants]({folder.name}.png)",
         "## Edits by prompts that say everything",
         table(of, full),
@@ -143,6 +168,14 @@ def write_report(
         "## The clip's own caption",
         table(of, source),
     ]
+    if not sweep and len(variants) > 1:
+        parts += [
+            f"## Less {variants[0]}, clip by clip",
+            "Edits:",
+            table(of, full, less=variants[0]),
+            "Prompts that leave something open:",
+            table(of, left_open, less=variants[0]),
+        ]
     with atomic_write(folder / "report.md") as path:
         path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     figure = plot_sweep(of, plotted, sweep) if sweep else plot_variants(of, plotted)
@@ -169,12 +202,26 @@ def _kinds(records: Sequence[Record]) -> dict[str, list[Record]]:
     }
 
 
-def table(rows: Mapping[str, Sequence[Record]], measures: Sequence[Measure]) -> str:
-    """Return a Markdown table with a row for each group of records."""
+def table(
+    rows: Mapping[str, Sequence[Record]], measures: Sequence[Measure], less: str | None = None
+) -> str:
+    """Return a Markdown table with a row for each group of records.
+
+    Args:
+        rows: Groups of records by name.
+        measures: The columns.
+        less: The name of a group. The others' differences from it are then shown.
+    """
     lines = ["| | " + " | ".join(measure.title for measure in measures) + " |"]
     lines.append("|---" * (len(measures) + 1) + "|")
     for name, records in rows.items():
-        cells = [str(summarise(records, measure) or "-") for measure in measures]
+        if name == less:
+            continue
+        intervals = [
+            summarise(records, measure) if less is None else compare(records, rows[less], measure)
+            for measure in measures
+        ]
+        cells = [str(interval or "-") for interval in intervals]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -192,7 +239,7 @@ def plot_variants(of: Mapping[str, Sequence[Record]], plotted: Mapping[str, Meas
             colour = "tab:red" if row == 0 else "tab:blue"
             panel.plot([interval.low, interval.high], [row, row], color=colour, lw=2)
             panel.plot(interval.mean, row, "o", color=colour)
-        panel.set_title(title, fontsize=9)
+        panel.set_title(textwrap.fill(title, 24), fontsize=9)
         panel.grid(axis="x", alpha=0.3)
         panel.set_xlabel(f"{measure.better} is better", fontsize=8)
     panels[0].set_yticks(range(len(of)), list(of))
@@ -215,7 +262,7 @@ def plot_sweep(
             x, [i.low for _, i in shown], [i.high for _, i in shown], color="tab:red", alpha=0.15
         )
         panel.set_xticks(ticks, list(of), fontsize=8)
-        panel.set_title(title, fontsize=9)
+        panel.set_title(textwrap.fill(title, 24), fontsize=9)
         panel.set_xlabel(f"{sweep}; {measure.better} is better", fontsize=8)
         panel.grid(alpha=0.3)
     return figure

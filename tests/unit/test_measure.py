@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tav_jax.evaluation.intervals import bootstrap
-from tav_jax.worlds.report import EDITS, Measure, right_share, summarise, write_report
+from tav_jax.worlds.report import EDITS, Measure, compare, right_share, summarise, write_report
 from tav_jax.worlds.tiny_scenes.drawing import render
 from tav_jax.worlds.tiny_scenes.edits import edits_of
 from tav_jax.worlds.tiny_scenes.metrics import measure
@@ -144,13 +144,33 @@ def test_a_clip_counts_once_and_missing_figures_not_at_all():
     )
 
 
+def test_a_difference_is_taken_clip_by_clip():
+    right = right_share("subject")
+
+    def with_all(lift):
+        of_edits = [
+            r | {"videos": [v for v in r["videos"] if v["kind"] == "subject"]}
+            for r in records()[:4]
+        ]
+        for record in of_edits:
+            record["videos"] = [v | {"subject": v["subject"] + lift} for v in record["videos"]]
+        return of_edits
+
+    ours, lifted = with_all(0.0), with_all(0.25)
+    assert summarise(ours, right).high > summarise(lifted, right).low, "the intervals overlap"
+    assert compare(lifted, ours, right) == (0.25, 0.25, 0.25)
+    assert compare(ours, lifted[:2], right).mean == -0.25, "only of clips that both have"
+    assert compare(ours, [], right) is None
+
+
 @pytest.mark.parametrize("sweep", [None, "max_train_steps"])
 def test_a_report_has_a_row_for_each_variant_and_its_plot(tmp_path, sweep):
     folder = tmp_path / "trial"
     all_right = [r | {"videos": [v for v in r["videos"] if v["kind"] != "all"]} for r in records()]
     write_report(folder, all_right, ["one", "two"], sweep, ATTRIBUTES)
     text = (folder / "report.md").read_text()
-    assert text.count("\n| two |") == 3
+    assert text.count("\n| two |") == (3 if sweep else 5)
+    assert ("## Less one, clip by clip" in text) == (not sweep)
     assert "| subject | 0.50 (0.00 to 1.00) |" in text
     assert "![all variants](trial.png)" in text
     assert "phase" not in text, "this world has no such metric"
