@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from tav_jax.evaluation.examples import Example
     from tav_jax.evaluation.metrics import Metric
 
+# What `--suite configs/suites/paper.yaml --csv` has written. That suite's runs are of this model.
+MINIATURE = Path(__file__).parent / "evaluation/miniature.csv"
+MINIATURE_MODEL = "tiny-figures"
+
 EPILOG = """\
 A table of prompts is a CSV with the columns video and prompt, and any of source, source_prompt and
 mask. Videos, sources and masks are video files or folders of images. A video's path is relative to
@@ -167,7 +171,10 @@ def _score(args: argparse.Namespace, examples: "Sequence[Example]") -> None:
     results += [one for one in earlier if (one.example.system, one.example.video) not in now]
     # Beside what nothing was measured by, a published figure would say nothing.
     published = published_rows({name for result in results for name in result.scores})
-    evaluation = tables.Evaluation(metrics, results, published)
+    # A suite makes such a table itself.
+    in_miniature = MINIATURE_MODEL in models and args.suite is None
+    miniature = tables.read_scores(MINIATURE, metrics) if in_miniature else []
+    evaluation = tables.Evaluation(metrics, results, published, miniature)
     say(tables.text_table(evaluation))
     outputs: tuple[tuple[Path | None, Callable[[tables.Evaluation], str]], ...] = (
         (args.json, tables.json_text),

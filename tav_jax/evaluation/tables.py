@@ -16,6 +16,15 @@ from tav_jax.evaluation.published import PublishedRow
 from tav_jax.evaluation.scores import Scored
 from tav_jax.reading import read_text
 
+# The columns of the miniature's table: text and frames as in the paper, then what the edit shows
+# and whether it moves as the clip does.
+OF_MINIATURE = (
+    "clip_text.figures",
+    "clip_frames.figures",
+    "attributes.figures",
+    "trajectory.figures",
+    "motion_alignment.dis",
+)
 IDENTITY = ("system", "clip", "video", "prompt")  # columns that say which video a row is about
 
 
@@ -26,7 +35,7 @@ class Mean(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        digits = 2 if abs(self.interval.mean) >= 10 else 4
+        digits = _digits(self.interval.mean)
         mean, low, high = (f"{value:.{digits}f}" for value in self.interval)
         # Of one clip there is no interval.
         return mean if self.interval.low == self.interval.high else f"{mean} ({low} to {high})"
@@ -39,25 +48,17 @@ class Evaluation(NamedTuple):
         metrics: The metrics, in the order of the table's rows.
         results: The scores of every video.
         published: Published figures that are shown beside them.
+        miniature: The scores of the paper's comparison in miniature, shown beside them, too.
     """
 
     metrics: Sequence[Metric]
     results: Sequence[Scored]
     published: Sequence[PublishedRow]
+    miniature: Sequence[Scored] = ()
 
     def systems(self) -> dict[str, dict[str, Mean]]:
         """Return the means of each system by metric. A metric without any score is left out."""
-        groups: dict[str, list[Scored]] = {}
-        for result in self.results:
-            groups.setdefault(result.example.system, []).append(result)
-        return {
-            system: {
-                metric.name: mean
-                for metric in self.metrics
-                if (mean := _mean(results, metric.name)) is not None
-            }
-            for system, results in groups.items()
-        }
+        return _means(self.results, self.metrics)
 
     def not_computed(self) -> dict[str, list[str]]:
         """Return the metrics that some videos have no score of, by the reason."""
@@ -73,6 +74,25 @@ class Evaluation(NamedTuple):
                 named = metric.name + (some if count < len(self.results) else "")
                 by_reason.setdefault(reason, []).append(named)
         return by_reason
+
+
+def _digits(mean: float) -> int:
+    """Return how many digits are shown after the point."""
+    return 2 if abs(mean) >= 10 else 4
+
+
+def _means(results: Sequence[Scored], metrics: Sequence[Metric]) -> dict[str, dict[str, Mean]]:
+    groups: dict[str, list[Scored]] = {}
+    for result in results:
+        groups.setdefault(result.example.system, []).append(result)
+    return {
+        system: {
+            metric.name: mean
+            for metric in metrics
+            if (mean := _mean(scored, metric.name)) is not None
+        }
+        for system, scored in groups.items()
+    }
 
 
 def _mean(results: Sequence[Scored], metric: str) -> Mean | None:
@@ -100,6 +120,8 @@ def _parts(evaluation: Evaluation, render: Callable[[Sequence], str], *notes: st
     """Return the table with notes below it, that of published figures, and what is not computed."""
     header, *rows = _rows(evaluation)
     parts = [render([header, *rows]), *notes] if rows else []
+    if miniature := _miniature(evaluation):
+        parts.append(render(miniature))
     if evaluation.published:
         head = ("published elsewhere, on other clips", "metric", "value", "source")
         parts.append(render([head, *_published(evaluation)]))
@@ -107,19 +129,24 @@ def _parts(evaluation: Evaluation, render: Callable[[Sequence], str], *notes: st
 
 
 def json_text(evaluation: Evaluation) -> str:
-    """Return everything as JSON: the systems' means, every video's scores, published figures."""
+    """Return as JSON the systems' means, every video's scores, and what is shown beside them."""
     tree = {
-        "systems": {
-            system: {name: {**mean.interval._asdict(), "n": mean.n} for name, mean in means.items()}
-            for system, means in evaluation.systems().items()
-        },
+        "systems": _as_tree(evaluation.systems()),
         "videos": [_record(result) for result in evaluation.results],
+        "miniature": _as_tree(_means(evaluation.miniature, evaluation.metrics)),
         "published": [row._asdict() for row in evaluation.published],
         "not_computed": {
             name: reason for reason, names in evaluation.not_computed().items() for name in names
         },
     }
     return json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _as_tree(systems: dict[str, dict[str, Mean]]) -> dict[str, Any]:
+    return {
+        system: {name: {**mean.interval._asdict(), "n": mean.n} for name, mean in means.items()}
+        for system, means in systems.items()
+    }
 
 
 def csv_text(evaluation: Evaluation) -> str:
@@ -190,6 +217,21 @@ def _rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
         if any(metric.name in means for means in systems.values())
     ]
     return [head, *rows]
+
+
+def _miniature(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """Return a row for each system of the miniature, with the metrics that were computed now."""
+    names = [metric.name for metric in evaluation.metrics if metric.name in OF_MINIATURE]
+    if not names:
+        return []
+    means = _means(evaluation.miniature, evaluation.metrics)
+
+    def cell(mean: Mean | None) -> str:
+        value = mean.interval.mean if mean else 0.0
+        return f"{value:.{_digits(value)}f}" if mean else "-"
+
+    rows = [(system, *(cell(own.get(name)) for name in names)) for system, own in means.items()]
+    return [("the paper's comparison in miniature, on other clips", *names), *rows] if rows else []
 
 
 def _published(evaluation: Evaluation) -> list[tuple[str, ...]]:

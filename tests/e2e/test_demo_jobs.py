@@ -73,6 +73,14 @@ def test_a_cancelled_tuning_goes_on_and_equals_one_that_was_not(choices, tmp_pat
     assert again.videos == (preview,)
     assert len(read_metrics(Run.open(folder).metrics)) > 0
 
+    # Other sampling steps belong to the same run, and are another video.
+    [other] = list(studio.tune(replace(choices, sampling_steps=2), "a ball", no_cancel()))[
+        -1
+    ].videos
+    assert other.is_file()
+    assert other != preview
+    assert Run.open(folder).latest_step() == 6
+
 
 @pytest.mark.parametrize(("apart", "steps"), [(0.0, [2, 4]), (1e9, [])])
 def test_previews_come_at_thirds_but_not_one_soon_after_another(
@@ -128,9 +136,9 @@ def test_choices_that_are_wrong_are_refused_before_anything_is_written(choices, 
 
 def test_what_makes_another_run_has_another_folder(choices, tmp_path):
     folder = make_config(choices, tmp_path).output_dir
-    for same in ({"steps": 7}, {"guidance_scale": 4.0}):
+    for same in ({"steps": 7}, {"guidance_scale": 4.0}, {"sampling_steps": 4}):
         assert make_config(replace(choices, **same), tmp_path).output_dir == folder
-    others = [{"caption": "b"}, {"first_frame": 0}, {"learning_rate": 1e-3}, {"sampling_steps": 4}]
+    others = [{"caption": "b"}, {"first_frame": 0}, {"learning_rate": 1e-3}]
     folders = {make_config(replace(choices, **other), tmp_path).output_dir for other in others}
     assert len(folders | {folder}) == 1 + len(others)
 

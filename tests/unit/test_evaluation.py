@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from small_configs import CLIP
 
 from tav_jax.errors import MissingFileError, UserError
+from tav_jax.evaluate import MINIATURE, MINIATURE_MODEL
 from tav_jax.evaluation import clip_metrics, networks
 from tav_jax.evaluation.clip_features import image_features, text_features
 from tav_jax.evaluation.examples import Example, examples_of_systems, read_material
@@ -20,7 +22,15 @@ from tav_jax.evaluation.metrics import METRICS, Metric, select_metrics
 from tav_jax.evaluation.published import published_rows
 from tav_jax.evaluation.score_videos import score_videos
 from tav_jax.evaluation.scores import Scored, score_examples
-from tav_jax.evaluation.tables import Evaluation, csv_text, json_text, markdown_table, text_table
+from tav_jax.evaluation.suites import read_suite
+from tav_jax.evaluation.tables import (
+    Evaluation,
+    csv_text,
+    json_text,
+    markdown_table,
+    read_scores,
+    text_table,
+)
 from tav_jax.models.clip_image import CLIPModel
 from tav_jax.pretrained.clip import Clip, save_clip
 from tav_jax.pretrained.model import load_tokenizer
@@ -294,6 +304,35 @@ def test_means_are_over_clips():
     table = markdown_table(evaluation)
     assert "| metric | better | ours, 3 videos | theirs, 2 videos |" in table
     assert "| flicker.vbench | more | 3.5000 (2.0000 to 5.0000) | 0.3750" in table
+
+
+def test_the_miniature_stands_beside_what_is_scored():
+    metrics = [METRICS["clip_text.figures"], METRICS["flicker.vbench"]]
+    miniature = [
+        Scored(Example(system, Path(f"{clip}.mp4"), "a bear", clip=clip), {metrics[0].name: value})
+        for system, clip, value in (("full", "x", 25.0), ("full", "y", 24.0), ("plain", "x", 20.5))
+    ]
+    evaluation = Evaluation(metrics, results(), [], miniature)
+    assert "on other clips  clip_text.figures\nfull " in text_table(evaluation)
+    assert "| full | 24.50 |\n| plain | 20.50 |" in markdown_table(evaluation)
+    tree = json.loads(json_text(evaluation))
+    assert tree["miniature"]["full"]["clip_text.figures"]["mean"] == 24.5
+    assert tree["systems"].keys() == {"ours", "theirs"}
+    assert not any(video["system"] == "full" for video in tree["videos"])
+    others = evaluation._replace(metrics=metrics[1:])
+    assert "miniature" not in text_table(others)
+
+
+def test_the_shipped_miniature_is_of_the_papers_suite():
+    scored = read_scores(MINIATURE, select_metrics(None, [MINIATURE_MODEL]))
+    suite, _ = read_suite(SUITES / "paper.yaml", Path("outputs/suites/paper"))
+    edits = {(clip.folder, prompt) for clip in suite.clips for prompt in clip.edits}
+    for system in suite.systems:
+        own = [one for one in scored if one.example.system == system]
+        counts = Counter((one.example.video.parts[-5], one.example.prompt) for one in own)
+        assert counts.keys() == edits
+        assert len(set(counts.values())) == 1  # whole seeds
+        assert all("clip_text.figures" in one.scores for one in own)
 
 
 def test_arrays_get_the_scores_of_files(systems):
