@@ -15,7 +15,7 @@ import jax
 
 from tav_jax.demo.queue import Progress
 from tav_jax.digests import sha256
-from tav_jax.errors import UserError
+from tav_jax.errors import ExistingFileError, UserError
 from tav_jax.parallel.sharding import on_mesh
 from tav_jax.pretrained.hub import SHIPPED
 from tav_jax.pretrained.model import Model
@@ -378,12 +378,17 @@ class Studio:
     def _write(self, run: Run, model: Model, sample: Sample) -> Path:
         """Return the video of a sample, which is made unless it is there."""
         folder = run.samples(sample.step)
-        if sample.settings != default_sample(run.config, sample.step).settings:
-            # The names of videos have no settings.
-            settings = asdict(sample.settings)
-            folder = run.folder / "edits" / f"{folder.name}-{_digest(settings)}"
         video_format = run.config.validation_data.video_format
-        if is_done(sample, folder, video_format):
+        # The names of videos have no settings, and the run's may have been others before.
+        is_usual = sample.settings == default_sample(run.config, sample.step).settings
+        try:
+            done = is_usual and is_done(sample, folder, video_format)
+        except ExistingFileError:
+            is_usual = False
+        if not is_usual:
+            folder = run.folder / "edits" / f"{folder.name}-{_digest(asdict(sample.settings))}"
+            done = is_done(sample, folder, video_format)
+        if done:
             return sample.video_in(folder, video_format)
         [(path, _)] = write_samples(run, model, [sample], folder, Stages())
         return path

@@ -73,12 +73,12 @@ def test_a_cancelled_tuning_goes_on_and_equals_one_that_was_not(choices, tmp_pat
     assert again.videos == (preview,)
     assert len(read_metrics(Run.open(folder).metrics)) > 0
 
-    # Other sampling steps belong to the same run, and are another video.
-    [other] = list(studio.tune(replace(choices, sampling_steps=2), "a ball", no_cancel()))[
-        -1
-    ].videos
-    assert other.is_file()
-    assert other != preview
+    # Other sampling belongs to the same run, and is another video.
+    for changed in ({"sampling_steps": 2}, {"guidance_scale": 9.0}):
+        *_, last = studio.tune(replace(choices, **changed), "a ball", no_cancel())
+        assert last.result == folder
+        assert last.videos[0].is_file()
+        assert last.videos[0] != preview
     assert Run.open(folder).latest_step() == 6
 
 
