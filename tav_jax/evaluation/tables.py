@@ -35,10 +35,14 @@ class Mean(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        digits = _digits(self.interval.mean)
-        mean, low, high = (f"{value:.{digits}f}" for value in self.interval)
+        mean, low, high = self.rounded()
         # Of one clip there is no interval.
         return mean if self.interval.low == self.interval.high else f"{mean} ({low} to {high})"
+
+    def rounded(self) -> list[str]:
+        """Return the mean and the ends of its interval as a table shows them."""
+        digits = 2 if abs(self.interval.mean) >= 10 else 4
+        return [f"{value:.{digits}f}" for value in self.interval]
 
 
 class Evaluation(NamedTuple):
@@ -74,11 +78,6 @@ class Evaluation(NamedTuple):
                 named = metric.name + (some if count < len(self.results) else "")
                 by_reason.setdefault(reason, []).append(named)
         return by_reason
-
-
-def _digits(mean: float) -> int:
-    """Return how many digits are shown after the point."""
-    return 2 if abs(mean) >= 10 else 4
 
 
 def _means(results: Sequence[Scored], metrics: Sequence[Metric]) -> dict[str, dict[str, Mean]]:
@@ -221,17 +220,14 @@ def _rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
 
 def _miniature(evaluation: Evaluation) -> list[tuple[str, ...]]:
     """Return a row for each system of the miniature, with the metrics that were computed now."""
-    names = [metric.name for metric in evaluation.metrics if metric.name in OF_MINIATURE]
-    if not names:
-        return []
-    means = _means(evaluation.miniature, evaluation.metrics)
-
-    def cell(mean: Mean | None) -> str:
-        value = mean.interval.mean if mean else 0.0
-        return f"{value:.{_digits(value)}f}" if mean else "-"
-
-    rows = [(system, *(cell(own.get(name)) for name in names)) for system, own in means.items()]
-    return [("the paper's comparison in miniature, on other clips", *names), *rows] if rows else []
+    metrics = [metric for metric in evaluation.metrics if metric.name in OF_MINIATURE]
+    names = [metric.name for metric in metrics]
+    rows = [
+        (system, *(own[name].rounded()[0] if name in own else "-" for name in names))
+        for system, own in _means(evaluation.miniature, metrics).items()
+    ]
+    head = ("the paper's comparison in miniature, on other clips", *names)
+    return [head, *rows] if rows and names else []
 
 
 def _published(evaluation: Evaluation) -> list[tuple[str, ...]]:
