@@ -322,9 +322,15 @@ def build_page(studio: Studio, queue: Queue, most_megabytes: int) -> gr.Blocks:
         gr.on([sampling.input, size.submit, size.blur], do.show_frames, *looks, **event)
         numbers = [size, steps, rate, guidance, sampling_steps]
         model.input(choose_model, model, numbers, **event).then(do.show_frames, *looks, **event)
-        tune_button.click(do.tune, [run, preview, *chosen], [tuned, plot, previewed, run], **job)
-        sample_button.click(do.sample, [run, prompts, guidance], [sampled, beside, videos], **job)
-        adapter_button.click(do.make_adapter, run, [sampled, adapter], **job)
+        for button, function, inputs, outputs in (
+            (tune_button, do.tune, [run, preview, *chosen], [tuned, plot, previewed, run]),
+            (sample_button, do.sample, [run, prompts, guidance], [sampled, beside, videos]),
+            (adapter_button, do.make_adapter, [run], [sampled, adapter]),
+        ):
+            # Gradio ignores a click on a button whose job goes on, so such a button is disabled.
+            started = button.click(partial(enable, False), outputs=button, **job)
+            ended = started.then(function, inputs, outputs, **job)
+            ended.then(partial(enable, True), outputs=button, **job)
         for button in (cancel_tuning, cancel_sampling):
             button.click(sessions.cancel, queue=False, **event)
         page.unload(sessions.cancel)
@@ -350,6 +356,11 @@ def described(clip: str) -> str:
 def edit_of(clip: str, number: int = 1) -> str:
     """Return a prompt that changes one thing of a drawn clip."""
     return WORLD.edits[clip][number].prompt
+
+
+def enable(is_enabled: bool) -> Any:
+    """Return an update that lets a button be pressed or not."""
+    return gr.update(interactive=is_enabled)
 
 
 def show(value: Any) -> Any:

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from tav_jax.types import Params
 ITEMS = ("trained", "progress")
 UNFINISHED = ".unfinished-"  # and a random number: a checkpoint that is being written
 METADATA_BYTES = 600_000  # that Orbax writes beside the arrays; measured: 0.5 MB for 800 names
+LONGEST_REMOVAL = 10  # seconds
 MISFIT = "not a checkpoint of this network and optimiser"
 
 
@@ -70,10 +72,24 @@ def save_items(folder: Path, step: int, **items: Any) -> None:
                 write_folder_digests(unfinished / str(step))
                 (unfinished / str(step)).rename(folder / str(step))
                 sync(folder)
-        finally:
-            if is_main_process():
                 shutil.rmtree(unfinished, ignore_errors=True)
+        except BaseException:
+            if is_main_process():
+                _remove_until_quiet(unfinished)
+            raise
     broadcast_from_main([True])  # nobody restores it before it has its name
+
+
+def _remove_until_quiet(folder: Path) -> None:
+    """Remove a folder until nobody writes to it any more.
+
+    TensorStore's threads outlive a failed save for a moment, and create again what was removed.
+    """
+    quiet, deadline = 0, time.monotonic() + LONGEST_REMOVAL
+    while quiet < 3 and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
+        quiet = 0 if folder.exists() else quiet + 1
 
 
 def saved_steps(folder: Path) -> list[int]:

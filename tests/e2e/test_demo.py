@@ -241,6 +241,7 @@ def test_the_whole_path_from_an_upload_to_the_downloads(server, open_page, mater
     wait_for_status(closed, "tuning", "tuning: step")
     page.locator("#tune").click()
     wait_for_status(page, "tuning", "waiting: 1 job is before this one")
+    assert page.locator("#tune").is_disabled(), "Gradio would ignore it"
     page.locator("#cancel").click()
     wait_for_status(page, "tuning", "cancelled before it began")
     page.locator("#tune").click()
