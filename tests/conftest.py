@@ -107,17 +107,34 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """With `--durations`, also says how long the tests of each file took, the longest first."""
+    """With `--durations`, also says what the tests of each file took, the longest first."""
     if not config.option.durations:
         return
-    seconds = Counter()
+    seconds, gigabytes = Counter(), Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport):
-                seconds[report.nodeid.split("::")[0].removeprefix("tests/")] += report.duration
-    terminalreporter.section("seconds by file")
+                file = report.nodeid.split("::")[0].removeprefix("tests/")
+                seconds[file] += report.duration
+                peak = dict(report.user_properties).get("gigabytes", 0.0)
+                gigabytes[file] = max(gigabytes[file], peak)
+    terminalreporter.section("seconds, and the worker's gigabytes, by file")
+    largest = dict(gigabytes.most_common(5))
     for file, taken in seconds.most_common(config.option.durations):
-        terminalreporter.write_line(f"{taken:6.0f}  {file}")
+        terminalreporter.write_line(f"{taken:6.0f}  {gigabytes[file]:4.1f}  {file}")
+        largest.pop(file, None)
+    for file, peak in largest.items():
+        terminalreporter.write_line(f"{seconds[file]:6.0f}  {peak:4.1f}  {file}")
+
+
+def pytest_runtest_teardown(item):
+    """Notes the most memory that the worker held since the test before."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        [peak] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        item.user_properties.append(("gigabytes", int(peak.split()[1]) / 2**20))
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 # No test asks the Hub, and a machine without a network would wait for it. Read at import.
