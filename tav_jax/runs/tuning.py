@@ -357,8 +357,12 @@ def config_keys(alternative: Alternative, asked: Size) -> str:
 
 def step_settings(config: TuneConfig) -> TuneConfig:
     """Return a config without what the tuning step's program does not depend on."""
+    ignores_end = config.lr_scheduler in ("constant", "constant_with_warmup")
     return replace(
         config,
+        max_train_steps=1 if ignores_end else config.max_train_steps,
+        validation_steps=1,
+        checkpointing_steps=1,
         output_dir="-",
         train_data=replace(config.train_data, video_path="-", prompt=""),
         validation_data=ValidationData(),

@@ -32,8 +32,6 @@ HOSTILE = {
     "COLAB_RELEASE_TAG": "release-colab-external",
     "KAGGLE_KERNEL_RUN_TYPE": "Interactive",
 }
-# It compiles the same step twice, for it is tuned to two numbers of steps.
-KEEPS_PROGRAMS = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 SCRIPT = "<script>document.title='ran'</script><img src=x onerror=document.title='ran'>"
 LONG = ("a cat, " * 1_430)[:9_990]
 STEPS = 20_000  # which no machine has done before the test cancels them
@@ -84,7 +82,7 @@ def server(start_once, tmp_path_factory):
         port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("demo")
     options = ["--output-dir", folder, "--port", port, "--max-upload-mb", 1]
-    process = start_once("-m", "tav_jax.demo", *options, environment=HOSTILE | KEEPS_PROGRAMS)
+    process = start_once("-m", "tav_jax.demo", *options, environment=HOSTILE)
     served = Server(process, port, folder)
     served.wait_for("serving http://127.0.0.1")
     return served

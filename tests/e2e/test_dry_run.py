@@ -63,11 +63,19 @@ def test_what_could_not_begin_is_refused(cli, write_config, tmp_path, change, me
     assert not (tmp_path / "run").exists()
 
 
-def test_several_clips_are_described_one_after_another(cli, write_config, material, tmp_path):
-    clips = [{"output_dir": str(tmp_path / name)} for name in ("first", "second")]
+@pytest.mark.parametrize(("schedule", "programs"), [("constant", 1), ("cosine", 2)])
+def test_clips_are_described_one_after_another_and_share_a_program_if_they_can(
+    cli, write_config, material, tmp_path, schedule, programs
+):
+    runs = {"first": 3, "second": 9}
+    clips = [
+        {"output_dir": str(tmp_path / name), "max_train_steps": steps, "validation_steps": steps}
+        for name, steps in runs.items()
+    ]
     (tmp_path / "clips.yaml").write_text(json.dumps(clips))
-    said = cli(tune, "--config", write_config(), "--clips", tmp_path / "clips.yaml", "--dry-run")
+    config = write_config(lr_scheduler=schedule)
+    said = cli(tune, "--config", config, "--clips", tmp_path / "clips.yaml", "--dry-run")
     assert said.status == 0, said.err
     assert said.out.count("trained: ") == 2
-    assert said.out.count("compiling the step") == 1
+    assert said.out.count("compiling the step") == programs
     assert not list(tmp_path.glob("*/config.yaml"))
