@@ -106,6 +106,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(tier)
 
 
+def pytest_collection_finish():
+    """Keeps the garbage collector from searching all modules again and again while JAX traces."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """With `--durations`, also says what the tests of each file took, the longest first."""
     if not config.option.durations:
