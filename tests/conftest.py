@@ -126,12 +126,9 @@ def pytest_terminal_summary(terminalreporter, config):
                 peak = dict(report.user_properties).get("gigabytes", 0.0)
                 gigabytes[file] = max(gigabytes[file], peak)
     terminalreporter.section("seconds, and the worker's gigabytes, by file")
-    largest = dict(gigabytes.most_common(5))
-    for file, taken in seconds.most_common(config.option.durations):
-        terminalreporter.write_line(f"{taken:6.0f}  {gigabytes[file]:4.1f}  {file}")
-        largest.pop(file, None)
-    for file, peak in largest.items():
-        terminalreporter.write_line(f"{seconds[file]:6.0f}  {peak:4.1f}  {file}")
+    slowest, largest = seconds.most_common(config.option.durations), gigabytes.most_common(5)
+    for file in dict([*slowest, *largest]):
+        terminalreporter.write_line(f"{seconds[file]:6.0f}  {gigabytes[file]:4.1f}  {file}")
 
 
 def pytest_runtest_teardown(item):
@@ -139,7 +136,7 @@ def pytest_runtest_teardown(item):
     status = Path("/proc/self/status")
     if status.is_file():
         [peak] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        item.user_properties.append(("gigabytes", int(peak.split()[1]) / 2**20))
+        item.user_properties.append(("gigabytes", int(peak.split()[1]) * 1024 / 1e9))
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 

@@ -30,6 +30,7 @@ from tav_jax.pipeline import compile_train_step, encode_prompts
 from tav_jax.pretrained.model import Model
 from tav_jax.pretrained.prompts import count_chunks, prompt_tokens
 from tav_jax.progress import progress_bar
+from tav_jax.runs.changes import ENDLESS_SCHEDULES
 from tav_jax.runs.config import TuneConfig, ValidationData
 from tav_jax.runs.loggers import Loggers
 from tav_jax.runs.metrics_log import Stages, keep_metrics, log, log_stages
@@ -357,10 +358,10 @@ def config_keys(alternative: Alternative, asked: Size) -> str:
 
 def step_settings(config: TuneConfig) -> TuneConfig:
     """Return a config without what the tuning step's program does not depend on."""
-    ignores_end = config.lr_scheduler in ("constant", "constant_with_warmup")
+    is_endless = config.lr_scheduler in ENDLESS_SCHEDULES
     return replace(
         config,
-        max_train_steps=1 if ignores_end else config.max_train_steps,
+        max_train_steps=1 if is_endless else config.max_train_steps,
         validation_steps=1,
         checkpointing_steps=1,
         output_dir="-",

@@ -27,12 +27,12 @@ LEARNING_RATE = 2e-3
 GUIDANCE_SCALE = 3.0
 
 
-def tune(steps: int = STEPS) -> Model:
+def tune() -> Model:
     return tune_clip(
         load_model("tiny-scenes"),
         render(CLIP, 8),
         describe(CLIP),
-        max_train_steps=steps,
+        max_train_steps=STEPS,
         learning_rate=LEARNING_RATE,
     )
 

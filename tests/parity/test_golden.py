@@ -42,9 +42,10 @@ def test_all_cases_pass_as_users_compile_them(users_environment):
     assert "tune.final" in done.stdout
 
 
-# Every implementation and every preset, and not each with each. The test above has `einsum`, which
-# `auto` chooses for so few tokens, with the preset `none`.
-@pytest.mark.parametrize(("attention", "preset"), [("by_head", "blocks"), ("chunked", "full")])
+# Every implementation and every preset, and not each with each.
+@pytest.mark.parametrize(
+    ("attention", "preset"), [("einsum", "none"), ("by_head", "blocks"), ("chunked", "full")]
+)
 def test_cases_pass_with_every_implementation_and_preset(monkeypatch, attention, preset):
     # So that grids of 64 tokens go in blocks of 16.
     monkeypatch.setattr(chunked, "BLOCK_SCORES", 16 * 16 * 16)
