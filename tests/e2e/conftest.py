@@ -201,10 +201,16 @@ def processes(folder: Path) -> Iterator[Callable[..., subprocess.Popen]]:
 
 
 @pytest.fixture
-def start(tmp_path: Path, finished_run: FinishedRun) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts processes that a test has for itself. They load what the finished run has compiled."""
+def start_alone(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts processes that a test has for itself."""
     with processes(tmp_path) as run:
         yield run
+
+
+@pytest.fixture
+def start(start_alone: Callable, finished_run: FinishedRun) -> Callable[..., subprocess.Popen]:
+    """Starts processes that a test has for itself. They load what the finished run has compiled."""
+    return start_alone
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,9 @@ from tav_jax.worlds import text_to_image
 @pytest.mark.parametrize(("name", "most_bytes"), [("tiny-scenes", 12e6), ("tiny-figures", 15e6)])
 def test_a_model_is_found_by_its_name_and_is_small(name, most_bytes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert load_model(name).unet.config.attention_scope == "sparse_causal"
+    unet = load_model(name).unet
+    assert unet.config.attention_scope == "sparse_causal"
+    assert sum(value.size for value in unet.params.values()) <= 6e6
     files = [path for path in SHIPPED[name].rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < most_bytes
     assert SHIPPED[name] / "README.md" in files, "its model card"

@@ -170,9 +170,16 @@ def test_when_a_process_is_gone_the_other_ends_with_an_error(start, action, vict
     assert VERDICT in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("action", ["sleep", "step"])
+# Every two of these together, and not every three.
+@pytest.mark.parametrize(
+    ("action", "victim", "number"),
+    [
+        pytest.param("sleep", 0, signal.SIGTERM, id="the coordinator sleeps"),
+        pytest.param("sleep", 1, signal.SIGINT, id="another sleeps, Ctrl-C"),
+        pytest.param("step", 0, signal.SIGINT, id="the coordinator in a collective, Ctrl-C"),
+        pytest.param("step", 1, signal.SIGTERM, id="another in a collective"),
+    ],
+)
 def test_when_a_process_is_asked_to_stop_all_do_and_one_says_so(start, action, victim, number):
     processes = start(action)
     for process in processes:
