@@ -9,11 +9,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+workers=2
 case "${1-}" in
     "") selection=(-m "not full") ;;
     --quick) selection=(-m quick) ;;
-    # CI's log then says what takes its time.
-    --all) selection=(--ignore tests/parity/test_reference_cases.py --durations 30) ;;
+    --all)
+        # Its tests often wait for processes of their own, and leave a core to a third worker.
+        workers=3
+        # CI's log then says what takes its time.
+        selection=(--ignore tests/parity/test_reference_cases.py --durations 30)
+        ;;
     *)
         echo "usage: bash launch/test.sh [--quick | --all]" >&2
         exit 2
@@ -28,4 +33,4 @@ venv=${VENV:-.venv}
 if [[ "${1-}" != --quick ]]; then
     "$venv/bin/mypy"
 fi
-"$venv/bin/python" -m pytest -n 2 --dist worksteal "${selection[@]}" tests
+"$venv/bin/python" -m pytest -n "$workers" --dist worksteal "${selection[@]}" tests

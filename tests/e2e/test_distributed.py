@@ -85,6 +85,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     started: list[subprocess.Popen] = []
+    # As in a terminal, where Ctrl-C is heard; what starts the tests may have it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run(action: str, processes: Sequence[int] = (0, 1)) -> list[subprocess.Popen]:
         for index in processes:

@@ -3,15 +3,11 @@
 The same judgement is passed on methods with one part broken each, and notices every one.
 """
 
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-
 import jax
 import numpy as np
 import pytest
 
 from tav_jax import pipeline
-from tav_jax.models.attention import einsum as attention
 from tav_jax.pipeline import edit_clip, encode_frames, encode_prompts, tune_clip
 from tav_jax.pretrained.model import Model, load_model
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params
@@ -104,17 +100,3 @@ def test_what_trains_and_does_not_move_or_moves_and_does_not_train_is_noticed(tu
         tuned.unet.params | {trained: untuned[trained]},
     ):
         assert not moves_what_trains(tuned.with_unet(tuned.unet.with_params(params)))
-
-
-def edit_faults_of_wrong_attention() -> list[str]:
-    def weights_over_queries(scores, width, dtype):
-        return jax.nn.softmax(scores * width**-0.5, axis=-2).astype(dtype)
-
-    attention.attention_weights = weights_over_queries
-    return edit_faults(tune())
-
-
-def test_a_softmax_over_queries_is_noticed():
-    # In a process of its own: programs that were compiled with the right attention would hide it.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        assert process.submit(edit_faults_of_wrong_attention).result()

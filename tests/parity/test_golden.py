@@ -14,6 +14,8 @@ import pytest
 from jax.experimental import pallas as pl
 
 from tav_jax.models.attention import chunked
+from tav_jax.parallel import sharding
+from tav_jax.parallel.sharding import make_mesh, on_mesh
 
 pytestmark = [
     # One prompt of the text case is too long on purpose.
@@ -42,16 +44,24 @@ def test_all_cases_pass_as_users_compile_them(users_environment):
     assert "tune.final" in done.stdout
 
 
-# Every implementation and every preset, and not each with each.
+# Every implementation and every preset, and not each with each. One of them on a mesh.
 @pytest.mark.parametrize(
-    ("attention", "preset"), [("einsum", "none"), ("by_head", "blocks"), ("chunked", "full")]
+    ("attention", "preset", "mesh"),
+    [
+        ("einsum", "none", {"data": 1, "frames": 1, "fsdp": 1}),
+        ("by_head", "blocks", {"data": 2, "frames": 2, "fsdp": 2}),
+        ("chunked", "full", {"data": 1, "frames": 1, "fsdp": 1}),
+    ],
 )
-def test_cases_pass_with_every_implementation_and_preset(monkeypatch, attention, preset):
+def test_cases_pass_with_every_implementation_and_preset(monkeypatch, attention, preset, mesh):
     # So that grids of 64 tokens go in blocks of 16.
     monkeypatch.setattr(chunked, "BLOCK_SCORES", 16 * 16 * 16)
-    reference = golden.GoldenSet(FOLDER, attention=attention, gradient_checkpointing=preset)
-    # Tuning has the network's output in its losses, and all gradients.
-    assert [row for row in rows(reference, ["tune"]) if not row.passed] == []
+    # So that the small kernels of this network are stored in parts, where there is a mesh.
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 1)
+    with on_mesh(make_mesh(mesh, frames=8)):
+        reference = golden.GoldenSet(FOLDER, attention=attention, gradient_checkpointing=preset)
+        # Tuning has the network's output in its losses, and all gradients.
+        assert [row for row in rows(reference, ["tune"]) if not row.passed] == []
 
 
 def test_a_case_passes_with_the_kernel_for_tpus(monkeypatch):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import GoldenSet, cases
 from jax.sharding import PartitionSpec
 
 from tav_jax.bench.hlo import collective_bytes
@@ -16,7 +15,7 @@ from tav_jax.pretrained.sd_v1_4 import CONFIGS
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
 from tav_jax.training.train_step import init_state
 
-MESHES = [(1, 8, 1), (2, 4, 1), (1, 1, 8), (2, 2, 2)]
+MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2)]
 FRAMES, SIDE = 8, 8
 SCHEDULE = read_schedule(CONFIGS["scheduler"])
 
@@ -79,14 +78,6 @@ def test_a_mesh_computes_what_one_device_does(unet, on_one_device, sizes):
         for value, expected in zip(jax.tree.leaves(ours[name]), jax.tree.leaves(one), strict=True):
             distance = np.abs(value - expected).max() / np.abs(expected).max()
             assert distance <= 1e-5, name
-
-
-def test_a_reference_case_passes_on_a_mesh(golden):
-    # All cases, and on any mesh, by `python tests/golden.py tests/golden --mesh ...`.
-    with on_mesh(mesh_of((2, 2, 2))):
-        reference = GoldenSet(golden)
-        rows = list(cases(reference)["tune"](reference))
-    assert [row for row in rows if not row.passed] == []
 
 
 @pytest.mark.parametrize("scope", ["spatial", "first_frame", "full"])
