@@ -1,6 +1,7 @@
 """The idea itself on the shipped base model: a few dozen steps, and an edit changes what it should.
 
-The same judgement is passed on methods with one part broken each, and notices every one.
+The same judgement notices another noise than the inverted one, and a wrong choice of what trains.
+Wrong arithmetic is noticed by the reference cases.
 """
 
 import jax
@@ -81,7 +82,7 @@ def test_an_edit_changes_the_colour_and_keeps_the_motion(tuned):
     assert edit_faults(tuned) == []
 
 
-# The same judgement of methods with one part broken.
+# The same judgement where one part is broken.
 
 
 def test_another_noise_than_the_inverted_is_noticed(tuned, monkeypatch):

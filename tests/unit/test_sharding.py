@@ -15,7 +15,7 @@ from tav_jax.pretrained.sd_v1_4 import CONFIGS
 from tav_jax.training.optimizer import TRAINABLE_MODULES, label_params, make_optimizer
 from tav_jax.training.train_step import init_state
 
-MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2)]
+MESHES = [(1, 8, 1), (2, 4, 1), (1, 1, 8), (2, 2, 2)]
 FRAMES, SIDE = 8, 8
 SCHEDULE = read_schedule(CONFIGS["scheduler"])
 
