@@ -1,17 +1,14 @@
 """Two processes of four devices each: what they do together, and when one of them is gone."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
 HEARTBEAT_SECONDS = 6
 # On top, until the others have ended: for cores that do much else.
 MARGIN_SECONDS = 120
@@ -77,44 +74,29 @@ Start = Callable[..., list[subprocess.Popen]]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
+def start(start_alone: Callable, tmp_path: Path) -> Start:
     """Starts the program as the processes of a job of two: `start("step", processes=(0, 1))`."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    started: list[subprocess.Popen] = []
-    # As in a terminal, where Ctrl-C is heard; what starts the tests may have it ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run(action: str, processes: Sequence[int] = (0, 1)) -> list[subprocess.Popen]:
-        for index in processes:
-            environment = os.environ | {
-                "TAV_JAX_COORDINATOR": address,
-                "TAV_JAX_NUM_PROCESSES": "2",
-                "TAV_JAX_PROCESS_ID": str(index),
-                "TAV_JAX_HEARTBEAT_SECONDS": str(HEARTBEAT_SECONDS),
-                "TAV_JAX_START_SECONDS": "300" if len(processes) == 2 else "3",
-                "JAX_PLATFORMS": "cpu",
-                "JAX_NUM_CPU_DEVICES": "4",
-                "PYTHONPATH": str(REPOSITORY),
-            }
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, program, action],
-                    env=environment,
-                    text=True,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                )
-            )
-        return started
+        environment = {
+            "TAV_JAX_COORDINATOR": address,
+            "TAV_JAX_NUM_PROCESSES": "2",
+            "TAV_JAX_HEARTBEAT_SECONDS": str(HEARTBEAT_SECONDS),
+            "TAV_JAX_START_SECONDS": "300" if len(processes) == 2 else "3",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "4",
+        }
+        return [
+            start_alone(program, action, environment=environment | {"TAV_JAX_PROCESS_ID": str(i)})
+            for i in processes
+        ]
 
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate(timeout=600)
+    return run
 
 
 def said(process: subprocess.Popen) -> dict:
@@ -172,16 +154,9 @@ def test_when_a_process_is_gone_the_other_ends_with_an_error(start, action, vict
     assert VERDICT in err
 
 
-# Every two of these together, and not every three.
-@pytest.mark.parametrize(
-    ("action", "victim", "number"),
-    [
-        pytest.param("sleep", 0, signal.SIGTERM, id="the coordinator sleeps"),
-        pytest.param("sleep", 1, signal.SIGINT, id="another sleeps, Ctrl-C"),
-        pytest.param("step", 0, signal.SIGINT, id="the coordinator in a collective, Ctrl-C"),
-        pytest.param("step", 1, signal.SIGTERM, id="another in a collective"),
-    ],
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("action", ["sleep", "step"])
 def test_when_a_process_is_asked_to_stop_all_do_and_one_says_so(start, action, victim, number):
     processes = start(action)
     for process in processes:
